@@ -1,0 +1,1 @@
+"""The command line: flags to Settings, then launch."""

@@ -1,0 +1,181 @@
+"""Door 1: token ids in, token events out. What crosses here may cross a process boundary.
+
+Nothing above this door knows of blocks, batches or devices; nothing below it knows of text, HTTP or chat.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+
+class FinishReason(enum.StrEnum):
+    """Why a choice ended. The engine ends a choice by length or end-of-sequence; stop strings are the service's."""
+
+    LENGTH = "length"
+    EOS = "eos"
+    STOP = "stop"
+
+
+class WatermarkParams(msgspec.Struct, frozen=True, kw_only=True):
+    """A green-list watermark (Kirchenbauer et al. 2023, arXiv 2301.10226), algorithm 2 with a context of one token.
+
+    gamma: expected fraction of the vocabulary that is green, 0 < gamma < 1.
+    delta: added to every green token's logit.
+    key: secret from which the green lists are drawn, 0 <= key < 2**64.
+    """
+
+    gamma: float = 0.5
+    delta: float = 2.0
+    key: int = 15485863
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one token is chosen from its logits; neutral values are off. Order of effect: as listed, then the draw."""
+
+    watermark: WatermarkParams | None = None
+    repetition_penalty: float = 1.0  # > 0; divides positive and multiplies negative logits of ids seen so far
+    frequency_penalty: float = 0.0  # subtracts this times an id's share of the tokens so far
+    temperature: float = 1.0  # > 0; divides the logits
+    top_k: int = 0  # keeps the k largest and their ties; 0 keeps all
+    top_p: float = 1.0  # keeps the smallest set of likeliest tokens whose mass exceeds this
+    typical_p: float = 1.0  # keeps the tokens of most typical information content up to this mass
+    do_sample: bool = False  # False takes the largest logit, the lowest id on a tie
+    seed: int = 0  # 0 <= seed < 2**64; choice c draws with the stream of (seed + c) mod 2**64
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt and what to generate from it.
+
+    request_id: made by the server, unique among live requests. prompt_ids: at least one id, each below the
+    logits width. num_choices: independent continuations, forked from one prefill. max_new_tokens: >= 1, and
+    len(prompt_ids) + max_new_tokens <= EngineFacts.max_total_tokens. min_new_tokens: the stop ids are banned
+    before this many tokens. stop_token_ids: end a choice; the id itself is reported as its last token.
+    prompt_logprobs: also score the prompt (raw logits), which forgoes prefix reuse. top_n: also report this many
+    likeliest tokens a step. cache_salt: requests share cached prefixes only under an equal salt.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    num_choices: int = 1
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: bool = False
+    top_n: int = 0
+    cache_salt: str = ""
+
+
+class PromptEvent(msgspec.Struct, frozen=True, tag="prompt"):
+    """The prompt has been computed; exactly one a request, before its first token.
+
+    queue_s: seconds between arrival in the engine and the first step that ran it. num_cached_tokens: prompt tokens
+    taken from the prefix cache. logprobs: when asked for, one entry a prompt token, natural log, the first None.
+    """
+
+    queue_s: float
+    num_cached_tokens: int
+    logprobs: tuple[float | None, ...] | None = None
+
+
+class TokenEvent(msgspec.Struct, frozen=True, tag="token"):
+    """One token of one choice; the last one of a choice carries its finish reason.
+
+    logprob: natural log, after the request's own processors and warpers. top: (id, logprob) pairs, descending,
+    ties with the last included, when asked for.
+    """
+
+    choice: int  # 0..num_choices-1
+    token_id: int
+    logprob: float
+    finish_reason: FinishReason | None = None
+    top: tuple[tuple[int, float], ...] | None = None
+
+
+EngineEvent = PromptEvent | TokenEvent
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What start-up found out; constant while the engine lives."""
+
+    vocab_size: int  # width of the logits
+    max_context: int  # tokens the model's positions allow
+    max_total_tokens: int  # most tokens one sequence may reach: min(max_context, cache, settings)
+    cache_tokens: int  # tokens the KV cache holds
+    cache_bytes: int
+    weight_bytes: int
+    num_parameters: int
+    dtype: str  # "float32", "bfloat16", "float16"
+    device: str  # "cpu", "cuda"
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A reading of the engine's gauges and running totals."""
+
+    num_waiting: int = 0  # requests that hold no cache
+    num_running: int = 0  # sequences in the batch
+    cache_usage: float = 0.0  # 0..1, of the blocks
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prefix_hit_tokens: int = 0  # prompt tokens not computed thanks to the cache, since start
+    prefix_query_tokens: int = 0  # prompt tokens looked up, since start
+    prefill_tokens: int = 0  # prompt tokens computed, since start
+    decode_tokens: int = 0  # tokens generated, since start
+    last_step_s: float = 0.0
+
+
+class EngineState(enum.StrEnum):
+    """Where an engine is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STUCK = "stuck"  # work is pending and no step has ended for a long time
+    DEAD = "dead"  # between a death and the restart, or given up
+
+
+class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the engine can serve; `detail` says why not, in a sentence."""
+
+    state: EngineState
+    detail: str = ""
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.state is EngineState.READY
+
+
+class Engine(Protocol):
+    """Turns token ids into token events. Knows nothing of text, HTTP or chat."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Facts found at start; valid once the engine has started."""
+        ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[list[EngineEvent]]:
+        """Yield the request's events, those that are ready together in one list.
+
+        Ends after every choice has finished. Closing the iterator early aborts the request and frees what it
+        held. Raises GenerationFailed when this request fails, EngineDead when the engine ends under it.
+        """
+        ...
+
+    def end_choice(self, request_id: str, choice: int) -> None:
+        """Stop generating one choice (its stop string was found); its later events may be missing. Never fails."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The newest reading; cheap, does not wait for a step."""
+        ...
+
+    async def health(self) -> EngineHealth:
+        """Whether requests would be served now; does not wait for running work."""
+        ...
+
+    async def close(self) -> None:
+        """Stop, failing whatever still runs; idempotent."""
+        ...

@@ -1,0 +1,1 @@
+"""The dialects: bytes to calls, deltas to bytes. No policy lives here."""

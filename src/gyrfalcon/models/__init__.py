@@ -1,0 +1,1 @@
+"""Model families: config.json to a decoder, safetensors to its weights."""
