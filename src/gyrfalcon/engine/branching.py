@@ -1,0 +1,44 @@
+"""What a group makes of the tokens drawn for it: which choices end, which go on, and what is reported.
+
+Independent choices (best_of, n, several returned sequences) are the policy here: each choice has its own stream of
+noise, and a sequence forks when the choices that shared it part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gyrfalcon.engine.interface import FinishReason, TokenEvent
+from gyrfalcon.engine.sequence import Sequence, SequenceGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token drawn for one choice; `top` as in TokenEvent."""
+
+    choice: int
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] | None
+
+
+def settle(
+    group: SequenceGroup, sequence: Sequence, draws: list[Draw]
+) -> tuple[list[TokenEvent], list[tuple[int, int]]]:
+    """The events of one sequence's draws, and the (choice, token id) pairs that go on."""
+    events, going_on = [], []
+    for draw in draws:
+        reason = _finish_reason(group, sequence, draw.token_id)
+        events.append(TokenEvent(draw.choice, draw.token_id, draw.logprob, reason, draw.top))
+        if reason is None:
+            going_on.append((draw.choice, draw.token_id))
+    return events, going_on
+
+
+def _finish_reason(group: SequenceGroup, sequence: Sequence, token_id: int) -> FinishReason | None:
+    # The limit is looked at first: a token that meets both ends its choice by length, as TGI reports it.
+    if group.num_generated(sequence) + 1 >= group.request.max_new_tokens:
+        return FinishReason.LENGTH
+    if token_id in group.request.stop_token_ids:
+        return FinishReason.EOS
+    return None

@@ -1,0 +1,228 @@
+"""The engine's heart: step = schedule -> execute -> commit. Single-threaded; whoever runs it owns it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gyrfalcon.engine.block_pool import BlockPool
+from gyrfalcon.engine.branching import Draw, settle
+from gyrfalcon.engine.interface import EngineEvent, EngineFacts, EngineRequest, EngineStats, PromptEvent
+from gyrfalcon.engine.plan import gather_plan
+from gyrfalcon.engine.scheduler import ScheduledRow, Scheduler
+from gyrfalcon.engine.sequence import SequenceGroup
+from gyrfalcon.errors import OutOfCache
+from gyrfalcon.runner.interface import Executor, StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreLimits:
+    """What the operator allows the engine; None means what start-up found."""
+
+    max_total_tokens: int | None = None  # of one sequence, prompt included
+    token_budget: int = 512  # tokens computed in a step
+    max_rows: int = 64  # sequences in the batch
+    prefix_caching: bool = True  # share computed prefixes between requests
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What one step, or the commands before it, have to say; keyed by request id."""
+
+    events: dict[str, list[EngineEvent]] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)  # every choice has reported its end
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def add(self, request_id: str, event: EngineEvent) -> None:
+        self.events.setdefault(request_id, []).append(event)
+
+
+class EngineCore:
+    """Holds the live requests and advances them, one step at a time."""
+
+    def __init__(
+        self, executor: Executor, limits: CoreLimits, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises OutOfCache when the cache cannot hold one sequence of `limits.max_total_tokens`."""
+        found = executor.facts
+        cache_tokens = (found.num_blocks - 1) * found.block_size
+        max_total_tokens = limits.max_total_tokens or min(found.max_context, cache_tokens)
+        if max_total_tokens > cache_tokens:
+            raise OutOfCache(
+                f"the KV cache holds {cache_tokens} tokens, but --max-total-tokens promises {max_total_tokens} to one "
+                "request: give the cache more memory (--kv-cache-memory, --max-batch-total-tokens) or promise less"
+            )
+        self.facts = EngineFacts(
+            vocab_size=found.vocab_size,
+            max_context=found.max_context,
+            max_total_tokens=min(max_total_tokens, found.max_context),
+            cache_tokens=cache_tokens,
+            cache_bytes=found.cache_bytes,
+            weight_bytes=found.weight_bytes,
+            num_parameters=found.num_parameters,
+            dtype=found.dtype,
+            device=found.device,
+        )
+        self._executor = executor
+        self._limits = limits
+        self._clock = clock
+        self._pool = BlockPool(found.num_blocks, found.block_size)
+        self._scheduler = Scheduler(
+            self._pool, token_budget=max(limits.token_budget, limits.max_rows), max_rows=limits.max_rows
+        )
+        self._groups: dict[str, SequenceGroup] = {}
+        self._num_steps = 0
+        self._prefill_tokens = 0
+        self._decode_tokens = 0
+        self._last_step_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def submit(self, request: EngineRequest, outcome: StepOutcome) -> None:
+        """Take a request in; one that can never run fails at once, in `outcome`."""
+        # Without prefix caching a request still shares prefixes with itself: forked and resumed sequences need it.
+        salt = request.cache_salt if self._limits.prefix_caching else f"{request.cache_salt}\0{request.request_id}"
+        group = SequenceGroup(request, self._clock(), salt)
+        num_total = len(request.prompt_ids) + request.max_new_tokens
+        if num_total > self.facts.max_total_tokens or not self._scheduler.can_ever_run(group):
+            outcome.failures[request.request_id] = (
+                f"{request.num_choices} sequences of {num_total} tokens do not fit: a sequence may have "
+                f"{self.facts.max_total_tokens} tokens, the batch {self._limits.max_rows} sequences, "
+                f"the cache {self.facts.cache_tokens} tokens"
+            )
+            return
+        self._groups[request.request_id] = group
+        self._scheduler.add(group)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds; unknown ids are those that have just finished."""
+        group = self._groups.pop(request_id, None)
+        if group is not None:
+            self._scheduler.remove(group)
+
+    def end_choice(self, request_id: str, choice: int) -> None:
+        group = self._groups.get(request_id)
+        if group is not None:
+            self._scheduler.end_choice(group, choice)
+            if group.is_finished:
+                del self._groups[request_id]
+
+    def step(self) -> StepOutcome:
+        """Advance every request the scheduler chooses by one step and report what came of it."""
+        started_s = self._clock()
+        outcome = StepOutcome()
+        rows = self._scheduler.schedule()
+        if rows:
+            for row in rows:
+                if row.group.started_s is None:
+                    row.group.started_s = started_s
+            plan = gather_plan(rows)
+            result = self._execute(plan, rows, outcome)
+            if result is not None:
+                self._commit(plan, rows, result, outcome)
+        self._num_steps += 1
+        self._last_step_s = self._clock() - started_s
+        return outcome
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_waiting=self._scheduler.num_waiting,
+            num_running=self._scheduler.num_running,
+            cache_usage=self._pool.usage,
+            num_steps=self._num_steps,
+            num_preemptions=self._scheduler.num_preemptions,
+            prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+            prefix_query_tokens=self._scheduler.prefix_query_tokens,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            last_step_s=self._last_step_s,
+        )
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def _execute(self, plan: StepPlan, rows: list[ScheduledRow], outcome: StepOutcome) -> StepResult | None:
+        try:
+            return self._executor.execute(plan)
+        except Exception:
+            # The device side cannot say which row is at fault, so the step's requests end and the loop lives on.
+            logger.exception("a step of %d rows failed", len(rows))
+            for group in {id(row.group): row.group for row in rows}.values():
+                self._fail(group, "the step that computed this request failed", outcome)
+            return None
+
+    def _commit(self, plan: StepPlan, rows: list[ScheduledRow], result: StepResult, outcome: StepOutcome) -> None:
+        self._collect_prompt_logprobs(plan, rows, result)
+        draws = _draws_by_row(plan, rows, result)
+        for index, row in enumerate(rows):
+            group, sequence = row.group, row.sequence
+            if group.request.request_id not in self._groups:
+                continue  # failed a moment ago, by another of its rows
+            reaches_end = row.reaches_end
+            self._prefill_tokens += row.num_query_tokens - reaches_end
+            self._scheduler.mark_computed(row)
+            if not reaches_end:
+                continue
+            if any(draw.token_id < 0 for draw in draws[index]):
+                self._fail(group, "the model's logits are not finite", outcome)
+                continue
+            self._decode_tokens += len(draws[index])
+            self._report_prompt(group, outcome)
+            events, going_on = settle(group, sequence, draws[index])
+            for event in events:
+                outcome.add(group.request.request_id, event)
+            self._scheduler.continue_with(group, sequence, going_on)
+            if group.is_finished:
+                del self._groups[group.request.request_id]
+                outcome.finished.append(group.request.request_id)
+
+    def _collect_prompt_logprobs(self, plan: StepPlan, rows: list[ScheduledRow], result: StepResult) -> None:
+        start = 0
+        for index in plan.scored_rows:
+            row = rows[index]
+            stop = start + row.num_query_tokens
+            known = plan.scored_ids[start:stop] >= 0
+            if row.group.prompt_logprobs is not None:
+                row.group.prompt_logprobs.extend(result.scored_logprobs[start:stop][known].tolist())
+            start = stop
+
+    def _report_prompt(self, group: SequenceGroup, outcome: StepOutcome) -> None:
+        if group.prompt_reported or group.started_s is None:
+            return
+        group.prompt_reported = True
+        logprobs = None if group.prompt_logprobs is None else tuple(group.prompt_logprobs)
+        queue_s = group.started_s - group.arrival_s
+        outcome.add(group.request.request_id, PromptEvent(queue_s, group.num_cached_tokens, logprobs))
+
+    def _fail(self, group: SequenceGroup, message: str, outcome: StepOutcome) -> None:
+        request_id = group.request.request_id
+        if self._groups.pop(request_id, None) is not None:
+            self._scheduler.remove(group)
+            outcome.failures[request_id] = message
+
+
+def _draws_by_row(plan: StepPlan, rows: list[ScheduledRow], result: StepResult) -> dict[int, list[Draw]]:
+    draws: dict[int, list[Draw]] = {}
+    top_n = plan.samples.top_n_S
+    token_ids, logprobs = result.token_ids_S.tolist(), result.logprobs_S.tolist()
+    for sample, index in enumerate(plan.samples.rows_S.tolist()):
+        taken = draws.setdefault(index, [])
+        choice = rows[index].sequence.choices[len(taken)]
+        top = _top_of(result, sample) if top_n[sample] else None
+        taken.append(Draw(choice, token_ids[sample], logprobs[sample], top))
+    return draws
+
+
+def _top_of(result: StepResult, sample: int) -> tuple[tuple[int, float], ...]:
+    start, stop = result.top_starts[sample : sample + 2]
+    return tuple(
+        zip(result.top_ids[start:stop].tolist(), np.asarray(result.top_logprobs[start:stop]).tolist(), strict=True)
+    )

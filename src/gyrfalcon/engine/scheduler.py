@@ -1,0 +1,270 @@
+"""Who runs in the next step. One rule: every sequence's computed tokens catch up with its tokens, within a budget.
+
+Prefill, chunked prefill, decoding, prefix hits and resuming after preemption are all that one rule. Order of
+precedence is arrival: when blocks run out, a sequence may take them from those behind it, never from those before
+it, so the oldest always advances and nothing can wait in a circle.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gyrfalcon.engine.block_pool import BlockPool
+from gyrfalcon.engine.sequence import Sequence, SequenceGroup
+
+
+@dataclass(slots=True)
+class ScheduledRow:
+    """One sequence's part in a step: its next `num_query_tokens` pending tokens, after the block copies."""
+
+    group: SequenceGroup
+    sequence: Sequence
+    num_query_tokens: int
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether the row computes its last known token, so that the next one can be drawn."""
+        return self.num_query_tokens == self.sequence.num_pending_tokens
+
+
+class Scheduler:
+    """Owns the waiting and running groups and every change to their sequences and blocks."""
+
+    def __init__(self, pool: BlockPool, *, token_budget: int, max_rows: int) -> None:
+        """token_budget: most tokens a step computes, >= max_rows. max_rows: most sequences in the batch."""
+        self._pool = pool
+        self._token_budget = token_budget
+        self._max_rows = max_rows
+        self._waiting: deque[SequenceGroup] = deque()  # in order of arrival; holds no blocks
+        self._running: list[SequenceGroup] = []  # in order of arrival; at least one sequence holds blocks
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+
+    # What may come in, and what leaves
+
+    def can_ever_run(self, group: SequenceGroup) -> bool:
+        """Whether the cache and the batch could hold the group at its largest, alone."""
+        return self._most_blocks(group) <= self._pool.num_usable and group.request.num_choices <= self._max_rows
+
+    def add(self, group: SequenceGroup) -> None:
+        self._waiting.append(group)
+
+    def remove(self, group: SequenceGroup) -> None:
+        """Drop a group and free all it holds, wherever it is."""
+        for sequence in group.sequences:
+            self._release_blocks(sequence)
+        group.sequences.clear()
+        if group in self._running:
+            self._running.remove(group)
+        elif group in self._waiting:
+            self._waiting.remove(group)
+
+    def end_choice(self, group: SequenceGroup, choice: int) -> None:
+        """A choice needs no more tokens; its sequence goes when no other choice shares it."""
+        group.ended_choices.add(choice)
+        for sequence in group.sequences:
+            if choice in sequence.choices:
+                self._keep_choices(group, sequence, tuple(c for c in sequence.choices if c != choice))
+                break
+        if group.is_finished:
+            self.remove(group)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(group.sequences) for group in self._running)
+
+    # The step
+
+    def schedule(self) -> list[ScheduledRow]:
+        """Rows of the next step, in no order that matters; empty only when nothing can run."""
+        step = _Step(self._token_budget)
+        for group, sequence in self._sequences_in_order():
+            if sequence.num_pending_tokens == 1 and sequence.blocks:
+                self._schedule_row(step, group, sequence)
+        for group in list(self._running):
+            # A group's sequences catch up one after another: the later ones then find the shared prefix published.
+            behind = next((s for s in group.sequences if s.num_pending_tokens > 1 or not s.blocks), None)
+            if behind is None or step.budget == 0 or group not in self._running:
+                continue
+            if behind.blocks or self._admit(group, behind):
+                self._schedule_row(step, group, behind)
+        while self._waiting and step.budget > 0:
+            group = self._waiting[0]
+            if self._reserved_rows() + group.num_live_choices > self._max_rows or not self._admit(
+                group, group.sequences[0]
+            ):
+                break  # strictly first come, first served: nobody overtakes the one who does not fit
+            self._waiting.popleft()
+            self._running.append(group)
+            self._schedule_row(step, group, group.sequences[0])
+        return list(step.rows.values())
+
+    def mark_computed(self, row: ScheduledRow) -> None:
+        """The row's query tokens are in the cache now: full blocks become findable."""
+        sequence = row.sequence
+        sequence.num_computed_tokens += row.num_query_tokens
+        num_full = sequence.num_computed_tokens // self._pool.block_size
+        if num_full > sequence.num_published:
+            keys = sequence.prefix_keys(num_full, self._pool.block_size)
+            for index in range(sequence.num_published, num_full):
+                self._pool.publish(sequence.blocks[index], keys[index])
+            sequence.num_published = num_full
+
+    def continue_with(self, group: SequenceGroup, sequence: Sequence, drawn: list[tuple[int, int]]) -> None:
+        """Append each (choice, token id) that goes on after this sequence; the other choices it carried have ended.
+
+        The first keeps the sequence, the others fork it and share its blocks.
+        """
+        survivors = tuple(choice for choice, _ in drawn)
+        group.ended_choices.update(choice for choice in sequence.choices if choice not in survivors)
+        forks = []
+        for choice, token_id in drawn[1:]:
+            twin = sequence.fork(choice)
+            for block in twin.blocks:
+                self._pool.share(block)
+            twin.append(token_id)
+            forks.append(twin)
+        position = group.sequences.index(sequence)
+        group.sequences[position + 1 : position + 1] = forks
+        self._keep_choices(group, sequence, survivors[:1])
+        if drawn:
+            sequence.append(drawn[0][1])
+        elif group.is_finished:
+            self.remove(group)
+
+    # Blocks
+
+    def _schedule_row(self, step: _Step, group: SequenceGroup, sequence: Sequence) -> None:
+        num_query_tokens = min(sequence.num_pending_tokens, step.budget)
+        if num_query_tokens == 0:
+            return
+        row = ScheduledRow(group, sequence, num_query_tokens)
+        if self._provide_blocks(step, row):
+            step.add(row)
+
+    def _provide_blocks(self, step: _Step, row: ScheduledRow) -> bool:
+        """Give the row every block it writes to, exclusively; False when those ahead of it hold them all."""
+        sequence, pool = row.sequence, self._pool
+        first_written, offset = divmod(sequence.num_computed_tokens, pool.block_size)
+        copies_shared_block = offset > 0 and pool.references(sequence.blocks[first_written]) > 1
+        num_missing = pool.num_blocks_for(sequence.num_computed_tokens + row.num_query_tokens) - len(sequence.blocks)
+        while pool.num_free < num_missing + copies_shared_block:
+            # The row holds blocks or was admitted a moment ago because it fits, so the last holder is not before it.
+            group, victim = self._last_holder()
+            if victim is sequence:
+                return False
+            self._preempt(step, group, victim)
+            copies_shared_block = offset > 0 and pool.references(sequence.blocks[first_written]) > 1
+        if copies_shared_block:
+            source, target = sequence.blocks[first_written], pool.allocate()
+            row.block_copies.append((source, target))
+            pool.release(source)
+            sequence.blocks[first_written] = target
+        for _ in range(num_missing):
+            sequence.blocks.append(pool.allocate())
+        return True
+
+    def _admit(self, group: SequenceGroup, sequence: Sequence) -> bool:
+        """Give a sequence without blocks its reusable prefix, if all its tokens would fit beside what runs."""
+        pool = self._pool
+        # A hit stops short of the last token: that one must run, or there are no logits to draw from.
+        num_reusable = 0 if group.scores_prompt else (sequence.num_tokens - 1) // pool.block_size
+        hits = pool.find_prefix(sequence.prefix_keys(num_reusable, pool.block_size))
+        num_needed = pool.num_blocks_for(sequence.num_tokens) - len(hits)
+        num_revived = sum(pool.references(block) == 0 for block in hits)
+        # One block stays free for each sequence that runs, so that what is admitted is not preempted at once.
+        if num_needed + num_revived + self._num_holders() > pool.num_free:
+            return False
+        for block in hits:
+            pool.share(block)
+        sequence.blocks = hits
+        sequence.num_published = len(hits)
+        sequence.num_computed_tokens = len(hits) * pool.block_size
+        self.prefix_query_tokens += sequence.num_tokens
+        self.prefix_hit_tokens += sequence.num_computed_tokens
+        if group.started_s is None:
+            group.num_cached_tokens = sequence.num_computed_tokens
+        return True
+
+    def _preempt(self, step: _Step, group: SequenceGroup, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it will be computed again, and noise by position makes it draw the same."""
+        step.drop(sequence)
+        self._release_blocks(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_published = 0
+        if group.scores_prompt:
+            group.prompt_logprobs = [None]
+        group.num_preemptions += 1
+        self.num_preemptions += 1
+        if not any(s.blocks for s in group.sequences):
+            self._running.remove(group)
+            self._waiting.appendleft(group)  # it is the newest of those that ran, and older than all that wait
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        # Last block first: of a freed prefix the tail is then reused before the head, which more requests share.
+        for block in reversed(sequence.blocks):
+            self._pool.release(block)
+        sequence.blocks = []
+
+    def _keep_choices(self, group: SequenceGroup, sequence: Sequence, choices: tuple[int, ...]) -> None:
+        sequence.choices = choices
+        if not choices:
+            self._release_blocks(sequence)
+            group.sequences.remove(sequence)
+
+    # Order
+
+    def _sequences_in_order(self) -> Iterator[tuple[SequenceGroup, Sequence]]:
+        for group in list(self._running):
+            for sequence in list(group.sequences):
+                yield group, sequence
+
+    def _last_holder(self) -> tuple[SequenceGroup, Sequence]:
+        return next(
+            (group, sequence)
+            for group in reversed(self._running)
+            for sequence in reversed(group.sequences)
+            if sequence.blocks
+        )
+
+    def _num_holders(self) -> int:
+        return sum(bool(sequence.blocks) for group in self._running for sequence in group.sequences)
+
+    def _reserved_rows(self) -> int:
+        return sum(group.num_live_choices for group in self._running)
+
+    def _most_blocks(self, group: SequenceGroup) -> int:
+        """Blocks the group holds at its longest: whole prompt blocks are shared, all others are a choice's own."""
+        request = group.request
+        num_shared = len(request.prompt_ids) // self._pool.block_size
+        longest = self._pool.num_blocks_for(len(request.prompt_ids) + request.max_new_tokens)
+        return num_shared + request.num_choices * (longest - num_shared)
+
+
+class _Step:
+    """The rows gathered so far, and the tokens that may still be added."""
+
+    def __init__(self, token_budget: int) -> None:
+        self.budget = token_budget
+        self.rows: dict[Sequence, ScheduledRow] = {}
+
+    def add(self, row: ScheduledRow) -> None:
+        self.rows[row.sequence] = row
+        self.budget -= row.num_query_tokens
+
+    def drop(self, sequence: Sequence) -> None:
+        row = self.rows.pop(sequence, None)
+        if row is not None:
+            self.budget += row.num_query_tokens

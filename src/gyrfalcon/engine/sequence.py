@@ -1,0 +1,109 @@
+"""What the engine knows of a request: its group, and the rows it has in the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gyrfalcon.engine.block_pool import block_key, first_parent
+from gyrfalcon.engine.interface import EngineRequest
+
+
+class Sequence:
+    """One row: token ids, how many of them are in the cache, and the blocks that hold them.
+
+    It carries every choice whose tokens so far are exactly its own: all of them until the first draw, one after it.
+    Only the scheduler changes a sequence.
+    """
+
+    __slots__ = ("_keys", "_salt", "_tokens", "blocks", "choices", "num_computed_tokens", "num_published", "num_tokens")
+
+    def __init__(self, prompt_ids: tuple[int, ...], max_new_tokens: int, choices: tuple[int, ...], salt: str) -> None:
+        self._tokens = np.empty(len(prompt_ids) + max_new_tokens, dtype=np.int32)
+        self._tokens[: len(prompt_ids)] = prompt_ids
+        self.num_tokens = len(prompt_ids)
+        self.num_computed_tokens = 0  # tokens whose keys and values are in the cache
+        self.num_published = 0  # leading blocks offered to the prefix index
+        self.blocks: list[int] = []
+        self.choices = choices
+        self._salt = salt
+        self._keys: list[bytes] = []
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """Prompt and generated ids so far; a view, not to be written."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def num_pending_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    def append(self, token_id: int) -> None:
+        self._tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+    def fork(self, choice: int) -> Sequence:
+        """A copy that carries one choice and names the same blocks; the caller adds the block references."""
+        twin = object.__new__(Sequence)
+        twin._tokens = self._tokens.copy()
+        twin.num_tokens = self.num_tokens
+        twin.num_computed_tokens = self.num_computed_tokens
+        twin.num_published = self.num_published
+        twin.blocks = list(self.blocks)
+        twin.choices = (choice,)
+        twin._salt = self._salt
+        twin._keys = list(self._keys)
+        return twin
+
+    def prefix_keys(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """Keys of the first `num_blocks` blocks, all of which must be full of known tokens."""
+        while len(self._keys) < num_blocks:
+            start = len(self._keys) * block_size
+            parent = self._keys[-1] if self._keys else first_parent(self._salt)
+            self._keys.append(block_key(parent, self._tokens[start : start + block_size]))
+        return self._keys[:num_blocks]
+
+
+@dataclass(slots=True, eq=False)
+class SequenceGroup:
+    """A request in the engine and its live sequences. Only the scheduler and the core change it."""
+
+    request: EngineRequest
+    arrival_s: float  # monotonic clock
+    salt: str
+    sequences: list[Sequence] = field(default_factory=list)
+    ended_choices: set[int] = field(default_factory=set)
+    started_s: float | None = None  # when its first token was first scheduled
+    num_cached_tokens: int = 0  # prompt tokens the prefix cache gave at the first admission
+    prompt_logprobs: list[float | None] | None = None  # collected so far, when asked for
+    prompt_reported: bool = False
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        request = self.request
+        choices = tuple(range(request.num_choices))
+        self.sequences = [Sequence(request.prompt_ids, request.max_new_tokens, choices, self.salt)]
+        if request.prompt_logprobs:
+            self.prompt_logprobs = [None]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_live_choices(self) -> int:
+        """Choices still generating: the rows this group may come to need."""
+        return self.request.num_choices - len(self.ended_choices)
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.sequences
+
+    def num_generated(self, sequence: Sequence) -> int:
+        return sequence.num_tokens - self.num_prompt_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether prompt log-probabilities are still to be collected."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens

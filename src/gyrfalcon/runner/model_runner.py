@@ -1,0 +1,168 @@
+"""Runs a step on one device: plan -> batch -> forward -> logits of the wanted positions -> processors -> sampler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from gyrfalcon.errors import OutOfCache
+from gyrfalcon.kernels.select import select_ops
+from gyrfalcon.models.decoder import CausalLM
+from gyrfalcon.models.registry import load_model
+from gyrfalcon.runner.batch import ForwardBatch, make_batch
+from gyrfalcon.runner.interface import ExecutorFacts, Floats, StepPlan, StepResult
+from gyrfalcon.runner.kv_cache import CacheShape, allocate_cache
+from gyrfalcon.runner.logits import process_logits
+from gyrfalcon.runner.sampler import Chosen, choose
+
+logger = logging.getLogger(__name__)
+
+SCORED_AT_ONCE = 64
+"""Prompt positions whose logits exist together while a prompt is scored: bounds the memory at this times V floats."""
+
+
+class ModelRunner:
+    """An Executor over one model on one device."""
+
+    def __init__(self, model: CausalLM, device: str, *, num_blocks: int, block_size: int) -> None:
+        """num_blocks: of the cache, the padding block included."""
+        self._model = model
+        self._device = device
+        self._ops = select_ops(device)
+        shape = cache_shape(model, block_size)
+        self._caches = allocate_cache(shape, num_blocks, device)
+        self.facts = ExecutorFacts(
+            vocab_size=model.spec.vocab_size,
+            max_context=model.spec.max_context,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            cache_bytes=num_blocks * shape.block_bytes,
+            weight_bytes=model.weight_bytes,
+            num_parameters=model.num_parameters,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=device,
+        )
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        batch = make_batch(plan, self.facts.block_size, self._device)
+        self._copy_blocks(batch)
+        hidden_TD = self._model.forward(batch.ids_T, batch.positions_T, batch.attention, self._caches)
+        chosen = self._choose(plan, batch, hidden_TD)
+        return _as_result(chosen, self._score_prompts(plan, batch, hidden_TD))
+
+    def close(self) -> None:
+        self._caches = []
+
+    def _copy_blocks(self, batch: ForwardBatch) -> None:
+        if len(batch.copy_sources_C):
+            for cache in self._caches:
+                self._ops.copy_blocks(cache, batch.copy_sources_C, batch.copy_targets_C)
+
+    def _choose(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> Chosen:
+        columns = plan.samples
+        if not len(columns.rows_S):
+            nothing = torch.empty(0)
+            return Chosen(nothing.long(), nothing, [])
+        # A row whose token is drawn for several choices has its logits computed once.
+        rows, row_of_sample = np.unique(columns.rows_S, return_inverse=True)
+        last_tokens = batch.attention.query_starts[1:][rows] - 1
+        logits = self._model.logits(hidden_TD[torch.from_numpy(last_tokens).to(self._device)])
+        logits_SV = logits[torch.from_numpy(row_of_sample).to(self._device)]
+        last_ids_S = plan.token_ids_T[last_tokens][row_of_sample]
+        return choose(process_logits(logits_SV, columns, last_ids_S), columns)
+
+    def _score_prompts(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> Floats:
+        """Log-probability of each scored id under the raw logits of the token before it; NaN where there is none."""
+        if not len(plan.scored_rows):
+            return np.empty(0, dtype=np.float32)
+        starts = batch.attention.query_starts
+        tokens = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in plan.scored_rows])
+        logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
+        known = np.flatnonzero(plan.scored_ids >= 0)
+        for start in range(0, len(known), SCORED_AT_ONCE):
+            some = known[start : start + SCORED_AT_ONCE]
+            hidden = hidden_TD[torch.from_numpy(tokens[some]).to(self._device)]
+            ids = torch.from_numpy(plan.scored_ids[some].astype(np.int64)).to(self._device)
+            scores = torch.log_softmax(self._model.logits(hidden), dim=-1).gather(1, ids[:, None])
+            logprobs[some] = scores.squeeze(1).cpu().numpy()
+        return logprobs
+
+
+def cache_shape(model: CausalLM, block_size: int) -> CacheShape:
+    """What the model's cache costs in blocks of `block_size` tokens."""
+    spec = model.spec
+    return CacheShape(
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=block_size,
+        dtype=model.dtype,
+    )
+
+
+def load_runner(
+    folder: Path,
+    *,
+    dtype: str,
+    device: str,
+    block_size: int,
+    max_rows: int,
+    max_total_tokens: int | None,
+    cache_tokens: int | None,
+    cache_bytes: int | None,
+    cache_fraction: float,
+    on_progress: Callable[[int, int], None],
+) -> ModelRunner:
+    """Load a checkpoint and give it a cache.
+
+    The cache's size is, in this order: `cache_tokens`; `cache_bytes`; as much as `max_rows` sequences of the longest
+    length could ever use, but at most `cache_fraction` of the device's free memory. Raises ModelLoadError, OutOfCache.
+    """
+    model = load_model(folder, dtype=dtype, device=device, ops=select_ops(device), on_progress=on_progress)
+    block_bytes = cache_shape(model, block_size).block_bytes
+    free_bytes = _free_bytes(device)
+    if cache_tokens is not None:
+        num_usable = -(-cache_tokens // block_size)
+    elif cache_bytes is not None:
+        num_usable = cache_bytes // block_bytes
+    else:
+        longest = min(max_total_tokens or model.spec.max_context, model.spec.max_context)
+        num_usable = min(max_rows * -(-longest // block_size), int(free_bytes * cache_fraction) // block_bytes)
+    if num_usable < 1 or num_usable * block_bytes > free_bytes:
+        raise OutOfCache(
+            f"a KV cache of {num_usable} blocks of {block_bytes} bytes does not fit: {free_bytes} bytes are free on "
+            f"{device}; set --kv-cache-memory or --max-batch-total-tokens to what the machine has"
+        )
+    logger.info("kv cache: %d blocks of %d tokens, %.1f MiB", num_usable, block_size, num_usable * block_bytes / 2**20)
+    return ModelRunner(model, device, num_blocks=num_usable + 1, block_size=block_size)
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def _as_result(chosen: Chosen, scored_logprobs: Floats) -> StepResult:
+    top_starts = np.zeros(len(chosen.top) + 1, dtype=np.int64)
+    np.cumsum([0 if top is None else len(top[0]) for top in chosen.top], out=top_starts[1:])
+    listed = [top for top in chosen.top if top is not None]
+    return StepResult(
+        token_ids_S=chosen.token_ids_S.cpu().numpy().astype(np.int32),
+        logprobs_S=chosen.logprobs_S.cpu().numpy(),
+        top_ids=torch.cat([ids for ids, _ in listed]).cpu().numpy().astype(np.int32)
+        if listed
+        else np.empty(0, dtype=np.int32),
+        top_logprobs=torch.cat([logprobs for _, logprobs in listed]).cpu().numpy()
+        if listed
+        else np.empty(0, dtype=np.float32),
+        top_starts=top_starts,
+        scored_logprobs=scored_logprobs,
+    )

@@ -1,0 +1,1 @@
+"""Fakes and tiny checkpoints, public: for our tests and for those who build on Gyrfalcon."""

@@ -1,0 +1,91 @@
+"""An executor without a model: its cache holds token ids, and its next token is a hash of what a row can see there.
+
+A wrong block table, a missed copy or a stale prefix therefore changes the output, as it would with a real cache.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+from gyrfalcon.runner.interface import ExecutorFacts, StepPlan, StepResult
+
+UNWRITTEN = -7
+
+
+class FakeExecutor:
+    """Executor of a made-up model. `before_step` may raise, to play a failing device."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 32,
+        block_size: int = 4,
+        vocab_size: int = 100,
+        max_context: int = 1000,
+        before_step: Callable[[StepPlan], None] = lambda plan: None,
+    ) -> None:
+        self.facts = ExecutorFacts(
+            vocab_size=vocab_size,
+            max_context=max_context,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            cache_bytes=num_blocks * block_size * 8,
+            weight_bytes=0,
+            num_parameters=0,
+            dtype="float32",
+            device="cpu",
+        )
+        self._cache = np.full((num_blocks, block_size), UNWRITTEN, dtype=np.int32)
+        self._before_step = before_step
+        self.plans: list[StepPlan] = []
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        self._before_step(plan)
+        block_size = self.facts.block_size
+        sources, targets = plan.block_copies_C2.T
+        self._cache[targets] = self._cache[sources]
+        start = 0
+        for row, length in enumerate(plan.query_lens_R.tolist()):
+            positions = np.arange(length) + plan.context_lens_R[row]
+            blocks = plan.block_tables_RW[row, positions // block_size]
+            self._cache[blocks, positions % block_size] = plan.token_ids_T[start : start + length]
+            start += length
+        columns = plan.samples
+        token_ids = [
+            fake_token(self._visible(plan, int(row)), int(seed) if samples else 0, self.facts.vocab_size)
+            for row, seed, samples in zip(columns.rows_S, columns.seeds_S, columns.do_sample_S, strict=True)
+        ]
+        scored = plan.scored_ids
+        return StepResult(
+            token_ids_S=np.array(token_ids, dtype=np.int32),
+            logprobs_S=np.array([-token_id / 8 for token_id in token_ids], dtype=np.float32),
+            top_ids=np.empty(0, dtype=np.int32),
+            top_logprobs=np.empty(0, dtype=np.float32),
+            top_starts=np.zeros(len(token_ids) + 1, dtype=np.int64),
+            scored_logprobs=np.where(scored < 0, np.nan, -scored / 8).astype(np.float32),
+        )
+
+    def close(self) -> None:
+        pass
+
+    def _visible(self, plan: StepPlan, row: int) -> list[int]:
+        length = int(plan.context_lens_R[row] + plan.query_lens_R[row])
+        visible: list[int] = self._cache[plan.block_tables_RW[row]].reshape(-1)[:length].tolist()
+        return visible
+
+
+def fake_token(visible: list[int], seed: int, vocab_size: int) -> int:
+    """The token a FakeExecutor draws after these ids: the oracle of tests."""
+    return zlib.crc32(np.array([*visible, seed], dtype=np.uint64).tobytes()) % vocab_size
+
+
+def fake_continuation(prompt_ids: tuple[int, ...], num_tokens: int, seed: int = 0, vocab_size: int = 100) -> list[int]:
+    """What a FakeExecutor generates after a prompt, without any engine."""
+    ids = list(prompt_ids)
+    for _ in range(num_tokens):
+        ids.append(fake_token(ids, seed, vocab_size))
+    return ids[len(prompt_ids) :]
