@@ -36,7 +36,7 @@ class StepOutcome:
     """What one step, or the commands before it, have to say; keyed by request id."""
 
     events: dict[str, list[EngineEvent]] = field(default_factory=dict)
-    finished: list[str] = field(default_factory=list)  # every choice has reported its end
+    finished: list[str] = field(default_factory=list)  # no choice has anything more to come
     failures: dict[str, str] = field(default_factory=dict)
 
     def add(self, request_id: str, event: EngineEvent) -> None:
@@ -108,17 +108,16 @@ class EngineCore:
         if group is not None:
             self._scheduler.remove(group)
 
-    def end_choice(self, request_id: str, choice: int) -> None:
+    def end_choice(self, request_id: str, choice: int, outcome: StepOutcome) -> None:
+        """Stop one choice; with the last one the request has finished, which `outcome` says."""
         group = self._groups.get(request_id)
         if group is not None:
             self._scheduler.end_choice(group, choice)
-            if group.is_finished:
-                del self._groups[request_id]
+            self._finish_if_done(group, outcome)
 
-    def step(self) -> StepOutcome:
-        """Advance every request the scheduler chooses by one step and report what came of it."""
+    def step(self, outcome: StepOutcome) -> None:
+        """Advance every request the scheduler chooses by one step; what came of it is added to `outcome`."""
         started_s = self._clock()
-        outcome = StepOutcome()
         rows = self._scheduler.schedule()
         if rows:
             for row in rows:
@@ -130,7 +129,6 @@ class EngineCore:
                 self._commit(plan, rows, result, outcome)
         self._num_steps += 1
         self._last_step_s = self._clock() - started_s
-        return outcome
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -180,9 +178,7 @@ class EngineCore:
             for event in events:
                 outcome.add(group.request.request_id, event)
             self._scheduler.continue_with(group, sequence, going_on)
-            if group.is_finished:
-                del self._groups[group.request.request_id]
-                outcome.finished.append(group.request.request_id)
+            self._finish_if_done(group, outcome)
 
     def _collect_prompt_logprobs(self, plan: StepPlan, rows: list[ScheduledRow], result: StepResult) -> None:
         start = 0
@@ -201,6 +197,11 @@ class EngineCore:
         logprobs = None if group.prompt_logprobs is None else tuple(group.prompt_logprobs)
         queue_s = group.started_s - group.arrival_s
         outcome.add(group.request.request_id, PromptEvent(queue_s, group.num_cached_tokens, logprobs))
+
+    def _finish_if_done(self, group: SequenceGroup, outcome: StepOutcome) -> None:
+        if group.is_finished:
+            del self._groups[group.request.request_id]
+            outcome.finished.append(group.request.request_id)
 
     def _fail(self, group: SequenceGroup, message: str, outcome: StepOutcome) -> None:
         request_id = group.request.request_id

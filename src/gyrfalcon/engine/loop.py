@@ -16,9 +16,7 @@ def run_loop(core: EngineCore, inbox: queue.SimpleQueue[Command], report: Callab
         if not _take_commands(core, inbox, outcome):
             return
         if core.has_work:
-            stepped = core.step()
-            stepped.failures.update(outcome.failures)
-            outcome = stepped
+            core.step(outcome)
         report(Report(outcome.events, outcome.finished, outcome.failures, core.stats()))
 
 
@@ -37,6 +35,6 @@ def _take_commands(core: EngineCore, inbox: queue.SimpleQueue[Command], outcome:
             case Abort(request_id):
                 core.abort(request_id)
             case EndChoice(request_id, choice):
-                core.end_choice(request_id, choice)
+                core.end_choice(request_id, choice, outcome)
             case Stop():
                 return False

@@ -75,7 +75,6 @@ class FakeEngine:
         self._require_alive()
         self.requests.append(request)
         live = set(range(request.num_choices))
-        is_complete = False
         self._waiting.add(request.request_id)
         try:
             await asyncio.sleep(self._start_s)
@@ -93,17 +92,12 @@ class FakeEngine:
                     events += self._step(request, live, at)
                 position += self._tokens_per_batch
                 yield events
-            is_complete = True
-        except GeneratorExit:
-            self.aborted.append(request.request_id)
-            raise
-        except asyncio.CancelledError:
+        except (GeneratorExit, asyncio.CancelledError):
             self.aborted.append(request.request_id)
             raise
         finally:
             self._waiting.discard(request.request_id)
             self._live.pop(request.request_id, None)
-            assert is_complete or request.request_id in self.aborted or live
 
     def end_choice(self, request_id: str, choice: int) -> None:
         self.ended_choices.append((request_id, choice))
@@ -157,7 +151,8 @@ class FakeEngine:
             self._decode_tokens += 1
             top = None
             if request.top_n:
-                top = tuple((token_id + rank, _logprob(token_id) - rank) for rank in range(request.top_n))
+                ids = [(token_id + rank) % self.facts.vocab_size for rank in range(request.top_n)]
+                top = tuple((id_, _logprob(token_id) - rank) for rank, id_ in enumerate(ids))
             events.append(TokenEvent(choice, token_id, _logprob(token_id), reason, top))
         return events
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gyrfalcon.engine.core import CoreLimits, EngineCore
 from gyrfalcon.runner.interface import ExecutorFacts, StepPlan, StepResult
 
 UNWRITTEN = -7
@@ -89,3 +90,9 @@ def fake_continuation(prompt_ids: tuple[int, ...], num_tokens: int, seed: int = 
     for _ in range(num_tokens):
         ids.append(fake_token(ids, seed, vocab_size))
     return ids[len(prompt_ids) :]
+
+
+def build_fake_core(on_progress: Callable[[int, int], None]) -> EngineCore:
+    """A core over a FakeExecutor, picklable for a child process."""
+    on_progress(1, 1)
+    return EngineCore(FakeExecutor(num_blocks=200), CoreLimits(token_budget=64, max_rows=8))

@@ -49,8 +49,14 @@ class Collector:
         self.core.submit(wanted, outcome)
         self.failures.update(outcome.failures)
 
+    def end_choice(self, request_id: str, choice: int) -> None:
+        outcome = StepOutcome()
+        self.core.end_choice(request_id, choice, outcome)
+        self.finished += outcome.finished
+
     def step(self) -> None:
-        outcome = self.core.step()
+        outcome = StepOutcome()
+        self.core.step(outcome)
         for request_id, events in outcome.events.items():
             for event in events:
                 if isinstance(event, PromptEvent):
@@ -153,7 +159,7 @@ def test_an_ended_choice_stops_and_its_siblings_go_on() -> None:
     run.submit(wanted)
     run.step()
     run.step()
-    run.core.end_choice("a", 0)
+    run.end_choice("a", 0)
     run.run()
     assert run.tokens["a"] == [expected(wanted)[0][:2], expected(wanted)[1]]
     assert run.finished == ["a"]
@@ -199,6 +205,18 @@ def test_preempted_requests_resume_with_the_same_tokens_and_the_oldest_is_never_
     assert run.finished[0] == "0"
     for one in wanted:
         assert run.tokens[one.request_id] == expected(one)
+
+
+def test_a_prompt_preempted_while_it_is_scored_is_scored_once() -> None:
+    core = make_core(FakeExecutor(num_blocks=11, block_size=2), token_budget=4, max_rows=4)
+    run = Collector(core)
+    run.submit(request("older", (1, 2), 16))
+    run.step()
+    prompt = tuple(range(20, 34))
+    run.submit(request("scored", prompt, 2, prompt_logprobs=True))
+    run.run()
+    assert core.stats().num_preemptions > 0
+    assert run.prompts["scored"].logprobs == (None, *(-token / 8 for token in prompt[1:]))
 
 
 def test_a_forked_request_as_large_as_the_cache_finishes() -> None:
@@ -292,7 +310,7 @@ class CoreMachine(RuleBasedStateMachine):
     def end_choice(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.live)))
         choice = data.draw(st.integers(0, self.wanted[request_id].num_choices - 1))
-        self.run.core.end_choice(request_id, choice)
+        self.run.end_choice(request_id, choice)
         self.cut[request_id].add(choice)
         if len(self.cut[request_id] | self.run.reasons[request_id].keys()) == self.wanted[request_id].num_choices:
             self.live.remove(request_id)

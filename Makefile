@@ -1,0 +1,53 @@
+# Works with Python 3.11 or newer and pip alone: everything is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Arguments for the command at hand: make serve ARGS="--port 9000", make test ARGS="-k scheduler".
+ARGS ?=
+
+.PHONY: serve test lint format types imports bench constraints wheel clean
+
+# A few cores shared with other work are used best when each test stays on one of them.
+test: export OMP_NUM_THREADS ?= 1
+
+serve: $(READY)
+	$(BIN)/gyrfalcon serve $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/gyrfalcon bench $(ARGS)
+
+wheel:
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+# Pins what the environment holds now. The build of torch (+cpu, +cu130) is left to the machine.
+constraints: $(READY)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.txt
+
+# The stamp is younger than what it was installed from: nothing is installed twice.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""The `gyrfalcon` command: what it is called with, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from gyrfalcon import __version__
+from gyrfalcon.cli.doctor import doctor
+from gyrfalcon.cli.flags import command_with_settings
+from gyrfalcon.cli.generate import GENERATE_OPTIONS, generate
+from gyrfalcon.cli.models import models
+from gyrfalcon.cli.serve import serve
+from gyrfalcon.config import DEBUG_VARIABLE, OPTIONS
+from gyrfalcon.errors import GyrfalconError
+
+app = typer.Typer(
+    name="gyrfalcon",
+    help="Serve open language models over HTTP.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    # Errors of our own are one line (see `main`); any other is a bug, and its plain traceback is what helps.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+app.command()(command_with_settings(serve, OPTIONS, positional=True))
+app.command()(command_with_settings(generate, GENERATE_OPTIONS))
+app.command()(models)
+app.command()(command_with_settings(doctor, OPTIONS, positional=True))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gyrfalcon {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Serve open language models over HTTP."""
+
+
+def main() -> None:
+    """Run the command line. Exit code 1 for an error we raise on purpose, 2 for wrong usage.
+
+    A deliberate error is one line on stderr; with GYRFALCON_DEBUG=1 its traceback is shown too.
+    """
+    try:
+        app()
+    except GyrfalconError as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

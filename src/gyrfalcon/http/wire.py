@@ -1,0 +1,319 @@
+"""Bytes at the door: JSON bodies read within limits, event streams written whole, clients that leave noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Never, TypeVar
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+T = TypeVar("T")
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+# Bodies below this are parsed in less time than a thread's round trip takes from the event loop.
+SHORT_BODY_BYTES = 32_768
+LONGEST_QUOTE = 200  # characters of a caller's own text that an answer repeats
+PING = b": ping\n\n"
+
+NOT_JSON = "Failed to parse the request body as JSON"
+WRONG_SHAPE = "Failed to deserialize the JSON body into the target type"
+
+_JSON_TYPE = re.compile(r"application/(?:[\w.!#$&^-]+\+)?json", re.IGNORECASE)
+_BRACKETS_OUTSIDE_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
+_LONE_SURROGATE_HINT = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BodyLimits:
+    """What a request's body may be."""
+
+    max_bytes: int = 2_000_000
+    max_depth: int = 64  # arrays and objects within each other
+    max_digits: int = 100  # of one number
+    timeout_s: float = 30.0  # for the whole body to arrive
+
+
+class MalformedBody(Exception):
+    """The body is refused before its meaning is looked at.
+
+    status: the HTTP status that says why. loc: where in the body, when it was JSON.
+    """
+
+    def __init__(self, status: int, message: str, loc: tuple[str | int, ...] = (), kind: str = "value_error") -> None:
+        super().__init__(message)
+        self.status = status
+        self.loc = loc
+        self.kind = kind
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+async def read_json(request: Request, limits: BodyLimits, *, any_content_type: bool = False) -> Any:
+    """The request's body as plain Python values. Raises MalformedBody: 400, 408, 413, 415, or 422 for twice a key."""
+    if not any_content_type:
+        _check_content_type(request)
+    body = await _read_within(request, limits)
+    if len(body) < SHORT_BODY_BYTES:
+        return parse_json(body, limits)
+    return await asyncio.to_thread(parse_json, body, limits)
+
+
+def parse_json(body: bytes, limits: BodyLimits) -> Any:
+    """Strict JSON: nothing that the standard does not have, no key twice, nothing deeper or longer than allowed."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedBody(400, f"{NOT_JSON}: byte {error.start} is not valid UTF-8") from None
+    if _exceeds_depth(body, limits.max_depth):
+        raise MalformedBody(400, f"{NOT_JSON}: arrays and objects are nested more than {limits.max_depth} deep")
+
+    def number(convert: type[float] | type[int]) -> Any:
+        def parse(digits: str) -> float | int:
+            if len(digits) > limits.max_digits:
+                raise MalformedBody(400, f"{NOT_JSON}: a number has more than {limits.max_digits} digits")
+            value = convert(digits)
+            if value in {float("inf"), float("-inf")}:
+                raise MalformedBody(400, f"{NOT_JSON}: the number {digits} is out of range")
+            return value
+
+        return parse
+
+    try:
+        value = json.loads(
+            text,
+            parse_int=number(int),
+            parse_float=number(float),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_object_without_duplicates,
+        )
+    except json.JSONDecodeError as error:
+        raise MalformedBody(400, f"{NOT_JSON}: {error.msg} at line {error.lineno} column {error.colno}") from None
+    if _LONE_SURROGATE_HINT.search(body):
+        _refuse_lone_surrogates(value)
+    return value
+
+
+def parse_body(value: Any, model: type[ModelT]) -> ModelT:
+    """The value as the model's type. Raises MalformedBody 422 naming the first field that does not fit."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as errors:
+        first = errors.errors(include_url=False, include_context=False)[0]
+        path = ".".join(str(part) for part in first["loc"]) or "the body"
+        found = "" if first["type"] == "missing" else f". Given: {quote(first['input'])}"
+        message = f"{WRONG_SHAPE}: {path}: {first['msg']}{found}"
+        raise MalformedBody(422, message, first["loc"], first["type"]) from None
+
+
+def quote(value: object) -> str:
+    """A caller's value, short and printable, for an error message."""
+    text = json.dumps(value) if isinstance(value, str | int | float | bool | None) else _kind(value)
+    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
+
+
+def to_json(value: object) -> bytes:
+    """Compact JSON; numpy floats in their own shortest form, NaN and infinities as null."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def single(value: float) -> np.float32:
+    """A float that `to_json` writes with as many digits as single precision has."""
+    return np.float32(value)
+
+
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(to_json(value), status, dict(headers or {}), media_type="application/json")
+
+
+def sse(value: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; its work is cancelled and ClientGone raised when the client leaves first.
+
+    Call it after the body has been read: the server then tells of nothing but the end of the connection.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await _cancel(task, gone)
+
+
+class EventStream(Response):
+    """Writes chunks as they come, each whole, and a comment in silence; ends the work when nobody reads.
+
+    chunks: made of complete events; closed whatever happens. ping_s: silence after which a comment is sent, so that
+    proxies keep the connection. stall_s: time after which a client that takes nothing is given up.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        *,
+        headers: Mapping[str, str] | None = None,
+        ping_s: float = 10.0,
+        stall_s: float = 60.0,
+    ) -> None:
+        super().__init__(
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})},
+            media_type=self.media_type,
+        )
+        # The type as the protocol states it, without a charset; the length is not known.
+        self.raw_headers = [pair for pair in self.raw_headers if pair[0] not in {b"content-length", b"content-type"}]
+        self.raw_headers.append((b"content-type", b"text/event-stream"))
+        self._chunks = chunks
+        self._ping_s = ping_s
+        self._stall_s = stall_s
+        self._write_lock = asyncio.Lock()
+        self._last_write = 0.0
+        self._is_writing = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._chunks):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            self._last_write = asyncio.get_running_loop().time()
+            writer = asyncio.ensure_future(self._write_all(send))
+            watchers = [asyncio.ensure_future(_disconnected(receive)), asyncio.ensure_future(self._keep_alive(send))]
+            try:
+                await asyncio.wait({writer, *watchers}, return_when=asyncio.FIRST_COMPLETED)
+                if writer.done():
+                    writer.result()
+            finally:
+                await _cancel(writer, *watchers)
+
+    async def _write_all(self, send: Send) -> None:
+        async for chunk in self._chunks:
+            await self._write(send, {"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._write(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, send: Send, message: Message) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._write_lock:
+            self._last_write = loop.time()
+            self._is_writing = True
+            await send(message)
+            self._is_writing = False
+            self._last_write = loop.time()
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment after each silence; return when a write has been stuck for too long."""
+        loop = asyncio.get_running_loop()
+        while True:
+            silence = loop.time() - self._last_write
+            if self._is_writing:
+                if silence >= self._stall_s:
+                    return
+                await asyncio.sleep(min(self._stall_s - silence, self._ping_s))
+            elif silence >= self._ping_s:
+                # Not waited for: a comment that gets stuck counts as a stuck write on the next round.
+                await asyncio.wait({asyncio.ensure_future(self._ping(send))}, timeout=self._stall_s)
+            else:
+                await asyncio.sleep(self._ping_s - silence)
+
+    async def _ping(self, send: Send) -> None:
+        await self._write(send, {"type": "http.response.body", "body": PING, "more_body": True})
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel what still runs and wait for its end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_content_type(request: Request) -> None:
+    content_type = request.headers.get("content-type")
+    if content_type is None or not _JSON_TYPE.fullmatch(content_type.partition(";")[0].strip()):
+        raise MalformedBody(
+            415, f"Expected the header `Content-Type: application/json`. Given: {quote(content_type or 'none')}"
+        )
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise MalformedBody(415, f"Expected a body without `Content-Encoding`. Given: {quote(encoding)}")
+
+
+async def _read_within(request: Request, limits: BodyLimits) -> bytes:
+    too_large = MalformedBody(413, f"The request body is larger than the limit of {limits.max_bytes} bytes")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > limits.max_bytes:
+        raise too_large
+    chunks: list[bytes] = []
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(limits.timeout_s):
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > limits.max_bytes:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError:
+        raise MalformedBody(408, f"The request body did not arrive within {limits.timeout_s:g} seconds") from None
+    return b"".join(chunks)
+
+
+def _exceeds_depth(body: bytes, max_depth: int) -> bool:
+    if body.count(b"[") + body.count(b"{") <= max_depth:
+        return False
+    depth = 0
+    for match in _BRACKETS_OUTSIDE_STRINGS.finditer(body):
+        if match[1]:
+            depth += 1
+            if depth > max_depth:
+                return True
+        elif match[2]:
+            depth -= 1
+    return False
+
+
+def _refuse_constant(name: str) -> Never:
+    raise MalformedBody(400, f"{NOT_JSON}: {name} is not a JSON number")
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise MalformedBody(422, f"{WRONG_SHAPE}: duplicate field {quote(key)}", (key,), "duplicate_field")
+            seen.add(key)
+    return result
+
+
+def _refuse_lone_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        code_point = f"U+{ord(error.object[error.start]):04X}"
+        raise MalformedBody(422, f"{WRONG_SHAPE}: a string holds the lone surrogate {code_point}") from None
+
+
+def _kind(value: object) -> str:
+    return {list: "an array", dict: "an object"}.get(type(value), type(value).__name__)

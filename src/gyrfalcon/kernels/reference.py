@@ -1,0 +1,283 @@
+"""The operations in plain PyTorch: what every faster table is measured against, and what runs where there is none.
+
+Letters as in the interface; besides: P key positions in a partition, N rows computed together, Q query tokens of
+each of them, G query heads on one kv head, M = Q * G rows of a matrix product.
+
+On CPU in float32 a token's numbers depend on nothing but its own row: not on the other rows of the step, nor on how
+its prompt was cut into chunks. Two rules give that. Products are made with at least `MIN_PRODUCT_ROWS` rows, and
+every sum over key positions is made partition by partition, in one order, whoever asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gyrfalcon.kernels.interface import AttentionInputs, LayerCache
+
+# With fewer rows the CPU library picks other routines for a float32 product (a matrix times one vector, say), which
+# add in another order. From 16 rows on each row has the same bits whatever the number of rows: checked for inner and
+# output widths up to 4096 by tests/kernels/test_reference.py.
+MIN_PRODUCT_ROWS = 16
+
+# Key positions summed together. The cut is at absolute positions, so that a token meets the same partitions whether
+# its keys were written by one chunk or by ten. 256 keeps one tile's scores in the second-level cache.
+PARTITION = 256
+
+# Scores (float32) computed at once by a prefill tile, and keys gathered at once for decode rows: 2 MiB and 16 MiB.
+_TILE_SCORES = 1 << 19
+_GATHERED_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class _RunningSoftmax:
+    """Softmax-weighted sums over the partitions seen so far, merged in ascending order of position."""
+
+    maximum_NKM1: Tensor
+    total_NKM1: Tensor
+    weighted_NKME: Tensor
+
+    @classmethod
+    def start(cls, q_NKQGE: Tensor) -> _RunningSoftmax:
+        num_rows, num_kv_heads, num_queries, group, head_size = q_NKQGE.shape
+        shape = (num_rows, num_kv_heads, num_queries * group)
+        return cls(
+            maximum_NKM1=q_NKQGE.new_full((*shape, 1), float("-inf")),
+            total_NKM1=q_NKQGE.new_zeros((*shape, 1)),
+            weighted_NKME=q_NKQGE.new_zeros((*shape, head_size)),
+        )
+
+    def part(self, rows: slice, products: slice) -> _RunningSoftmax:
+        """A view of some rows and of some of their product rows; updates write through."""
+        return _RunningSoftmax(
+            self.maximum_NKM1[rows, :, products],
+            self.total_NKM1[rows, :, products],
+            self.weighted_NKME[rows, :, products],
+        )
+
+    def add(
+        self, q_NKQGE: Tensor, k_NKPE: Tensor, v_NKPE: Tensor, hidden_NQP: Tensor | None, bias_KGP: Tensor | None
+    ) -> None:
+        """Add one partition. Where `hidden_NQP` is true a key has no weight at all, whatever the cache holds there.
+
+        A query to which the whole partition is hidden keeps its sums bit for bit: its maximum stays, so they are
+        multiplied by exp(0) = 1 and added to 0.
+        """
+        num_rows, num_kv_heads, num_queries, group, head_size = q_NKQGE.shape
+        width = k_NKPE.shape[2]
+        batch = num_rows * num_kv_heads
+        scores = torch.bmm(
+            q_NKQGE.reshape(batch, num_queries * group, head_size),
+            k_NKPE.reshape(batch, width, head_size).transpose(1, 2),
+        )
+        scores_NKQGP = scores.view(num_rows, num_kv_heads, num_queries, group, width)
+        if bias_KGP is not None:
+            scores_NKQGP += bias_KGP[:, None]
+        if hidden_NQP is not None:
+            scores_NKQGP.masked_fill_(hidden_NQP[:, None, :, None], float("-inf"))
+        scores_NKMP = scores.view(num_rows, num_kv_heads, num_queries * group, width)
+        maximum_NKM1 = torch.maximum(self.maximum_NKM1, scores_NKMP.amax(dim=-1, keepdim=True))
+        weights_NKMP = scores_NKMP.sub_(maximum_NKM1).exp_()
+        decay_NKM1 = (self.maximum_NKM1 - maximum_NKM1).exp_()
+        self.maximum_NKM1.copy_(maximum_NKM1)
+        self.total_NKM1.mul_(decay_NKM1).add_(weights_NKMP.sum(dim=-1, keepdim=True))
+        added = torch.bmm(weights_NKMP.view(batch, -1, width), v_NKPE.reshape(batch, width, head_size))
+        self.weighted_NKME.mul_(decay_NKM1).add_(added.view(num_rows, num_kv_heads, -1, head_size))
+
+    def result(self) -> Tensor:
+        """The weighted means: [N, K, M, E], float32."""
+        return self.weighted_NKME / self.total_NKM1
+
+
+class ReferenceOps:
+    """`Ops` for any device PyTorch knows. Keeps no state."""
+
+    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
+        return F.embedding(ids_T, table_VD)
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        num_rows = x_TI.shape[0]
+        # Only float32 on CPU promises equal bits in any batch; in 16 bits one row must not cost sixteen.
+        if num_rows < MIN_PRODUCT_ROWS and x_TI.dtype == torch.float32 and x_TI.device.type == "cpu":
+            padded = F.pad(x_TI, (0, 0, 0, MIN_PRODUCT_ROWS - num_rows))
+            return F.linear(padded, weight_OI, bias_O)[:num_rows]
+        return F.linear(x_TI, weight_OI, bias_O)
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, epsilon: float) -> Tensor:
+        return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, epsilon)
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+        x = x_TD.float()
+        normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon)
+        return weight_D * normed.to(x_TD.dtype)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        # Written out because the library's own silu gives the last few elements of a tensor other bits than the
+        # rest, so that a row's result would depend on the rows after it.
+        x = gate.float()
+        return (x / (-x).exp_().add_(1.0)).to(gate.dtype) * up
+
+    def rotate(self, x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        first, second = x_TNE.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return x_TNE * cos_TE[:, None] + turned * sin_TE[:, None]
+
+    def write_kv(self, k_TKE: Tensor, v_TKE: Tensor, cache: LayerCache, slot_mapping_T: Tensor) -> None:
+        slots = (-1, *k_TKE.shape[1:])
+        cache.k_BSKE.view(slots).index_copy_(0, slot_mapping_T, k_TKE)
+        cache.v_BSKE.view(slots).index_copy_(0, slot_mapping_T, v_TKE)
+
+    def copy_blocks(self, cache: LayerCache, sources_C: Tensor, destinations_C: Tensor) -> None:
+        for blocks in (cache.k_BSKE, cache.v_BSKE):
+            blocks.index_copy_(0, destinations_C, blocks.index_select(0, sources_C))
+
+    def attend(
+        self, q_THE: Tensor, cache: LayerCache, inputs: AttentionInputs, scale: float, alibi_slopes_H: Tensor | None
+    ) -> Tensor:
+        num_tokens, num_heads, head_size = q_THE.shape
+        num_kv_heads = cache.k_BSKE.shape[2]
+        q_TKGE = (q_THE.float() * scale).view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_size)
+        bias = None if alibi_slopes_H is None else _AlibiBias(alibi_slopes_H, scale, num_kv_heads)
+        tables_RW = _cut_into_partitions(inputs.block_tables_RW, cache)
+        query_lens = np.diff(inputs.query_starts)
+        out_TKGE = torch.empty_like(q_TKGE)
+        _attend_decodes(q_TKGE, out_TKGE, cache, inputs, np.flatnonzero(query_lens == 1), tables_RW, bias)
+        for row in np.flatnonzero(query_lens > 1):
+            _attend_prefill(q_TKGE, out_TKGE, cache, inputs, int(row), tables_RW, bias)
+        return out_TKGE.view(num_tokens, num_heads, head_size).to(q_THE.dtype)
+
+
+class _AlibiBias:
+    """The scaled bias of a partition's key positions for every query head."""
+
+    def __init__(self, slopes_H: Tensor, scale: float, num_kv_heads: int) -> None:
+        self._slopes_KG = slopes_H.to(torch.bfloat16).view(num_kv_heads, -1)
+        self._scale = scale
+
+    def at(self, positions_P: Tensor) -> Tensor:
+        """[K, G, P], float32. Both roundings to bfloat16 are the checkpoints': they were trained with them."""
+        return (self._slopes_KG[:, :, None] * positions_P.to(torch.bfloat16)).float() * self._scale
+
+
+def _attend_decodes(
+    q_TKGE: Tensor,
+    out_TKGE: Tensor,
+    cache: LayerCache,
+    inputs: AttentionInputs,
+    rows: np.ndarray[tuple[int], np.dtype[np.intp]],
+    tables_RW: Tensor,
+    bias: _AlibiBias | None,
+) -> None:
+    """Rows with one query token: all of them together, one product per partition (and per gatherful of keys)."""
+    if rows.size == 0:
+        return
+    # Longest first: the rows that reach a partition are then the first ones, those that end inside it the last ones.
+    rows = rows[np.argsort(-inputs.context_lens[rows], kind="stable")]
+    own_positions = inputs.context_lens[rows]
+    device = q_TKGE.device
+    tokens_N = torch.from_numpy(inputs.query_starts[rows].astype(np.int64)).to(device)
+    tables_NW = tables_RW[torch.from_numpy(rows.astype(np.int64)).to(device)]
+    own_positions_N = torch.from_numpy(own_positions.astype(np.int64)).to(device)
+    _, num_kv_heads, group, head_size = q_TKGE.shape
+    q_NKQGE = q_TKGE.new_zeros((rows.size, num_kv_heads, _queries_for_a_product(group), group, head_size))
+    q_NKQGE[:, :, 0] = q_TKGE[tokens_N]
+    sums = _RunningSoftmax.start(q_NKQGE)
+    width = _partition_width(cache)
+    rows_at_once = max(1, _GATHERED_ELEMENTS // (width * num_kv_heads * head_size))
+    everything = slice(None)
+    for begin in range(0, int(own_positions[0]) + 1, width):
+        num_reaching = int(np.count_nonzero(own_positions >= begin))
+        num_whole = int(np.count_nonzero(own_positions >= begin + width - 1))
+        positions_P = torch.arange(begin, begin + width, device=device)
+        bias_KGP = None if bias is None else bias.at(positions_P)
+        for first in range(0, num_reaching, rows_at_once):
+            some = slice(first, min(first + rows_at_once, num_reaching))
+            k_NKPE, v_NKPE = _gather(cache, tables_NW[some], begin, width)
+            hidden_NQP = None
+            if some.stop > num_whole:
+                hidden_NP = positions_P > own_positions_N[some, None]
+                v_NKPE.masked_fill_(hidden_NP[:, None, :, None], 0.0)
+                hidden_NQP = hidden_NP[:, None]
+            sums.part(some, everything).add(q_NKQGE[some], k_NKPE, v_NKPE, hidden_NQP, bias_KGP)
+    out_TKGE[tokens_N] = sums.result()[:, :, :group]
+
+
+def _attend_prefill(
+    q_TKGE: Tensor,
+    out_TKGE: Tensor,
+    cache: LayerCache,
+    inputs: AttentionInputs,
+    row: int,
+    tables_RW: Tensor,
+    bias: _AlibiBias | None,
+) -> None:
+    """One row with several query tokens, in tiles of tokens; partitions in a tile's future are left out."""
+    start, stop = int(inputs.query_starts[row]), int(inputs.query_starts[row + 1])
+    context_len, num_tokens = int(inputs.context_lens[row]), stop - start
+    _, num_kv_heads, group, head_size = q_TKGE.shape
+    fewest = _queries_for_a_product(group)
+    num_queries = max(num_tokens, fewest)
+    q_NKQGE = q_TKGE.new_zeros((1, num_kv_heads, num_queries, group, head_size))
+    q_NKQGE[0, :, :num_tokens] = q_TKGE[start:stop].transpose(0, 1)
+    positions_Q = torch.arange(context_len, context_len + num_queries, device=q_TKGE.device)
+    sums = _RunningSoftmax.start(q_NKQGE)
+    width = _partition_width(cache)
+    tile = max(2 * fewest, _TILE_SCORES // (width * num_kv_heads * group))
+    for begin in range(0, context_len + num_tokens, width):
+        k_NKPE, v_NKPE = _gather(cache, tables_RW[row : row + 1], begin, width)
+        v_NKPE[:, :, max(0, context_len + num_tokens - begin) :] = 0.0
+        positions_P = torch.arange(begin, begin + width, device=q_TKGE.device)
+        bias_KGP = None if bias is None else bias.at(positions_P)
+        first_reaching = min(max(0, begin - context_len), num_queries - fewest)
+        for a, b in _even_tiles(first_reaching, num_queries, tile):
+            hidden_NQP = None
+            if context_len + a < begin + width - 1:
+                hidden_NQP = (positions_P > positions_Q[a:b, None])[None]
+            products = slice(a * group, b * group)
+            sums.part(slice(None), products).add(q_NKQGE[:, :, a:b], k_NKPE, v_NKPE, hidden_NQP, bias_KGP)
+    result_KQGE = sums.result().view(num_kv_heads, num_queries, group, head_size)
+    out_TKGE[start:stop] = result_KQGE[:, :num_tokens].transpose(0, 1)
+
+
+def _queries_for_a_product(group: int) -> int:
+    """Fewest query tokens whose heads make a product of `MIN_PRODUCT_ROWS` rows."""
+    return -(-MIN_PRODUCT_ROWS // group)
+
+
+def _partition_width(cache: LayerCache) -> int:
+    """Positions in a partition: whole blocks, about `PARTITION`."""
+    block_size = cache.k_BSKE.shape[1]
+    return max(1, PARTITION // block_size) * block_size
+
+
+def _cut_into_partitions(tables_RW: Tensor, cache: LayerCache) -> Tensor:
+    """The block tables widened to whole partitions; the added entries point at block 0 and are always hidden."""
+    blocks_in_partition = _partition_width(cache) // cache.k_BSKE.shape[1]
+    return F.pad(tables_RW, (0, -tables_RW.shape[1] % blocks_in_partition))
+
+
+def _gather(cache: LayerCache, tables_NW: Tensor, begin: int, width: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the positions begin .. begin + width - 1: fresh float32 tensors [N, K, P, E]."""
+    _, block_size, num_kv_heads, head_size = cache.k_BSKE.shape
+    blocks = tables_NW[:, begin // block_size : (begin + width) // block_size].flatten()
+    shape = (tables_NW.shape[0], width, num_kv_heads, head_size)
+
+    def take(blocks_BSKE: Tensor) -> Tensor:
+        taken_NKPE = blocks_BSKE.index_select(0, blocks).view(shape).transpose(1, 2)
+        return taken_NKPE.to(torch.float32, memory_format=torch.contiguous_format)
+
+    return take(cache.k_BSKE), take(cache.v_BSKE)
+
+
+def _even_tiles(begin: int, end: int, tile: int) -> list[tuple[int, int]]:
+    """begin .. end cut into tiles of nearly equal size, none above `tile`, none below half of it when there are several."""
+    num_tiles = -(-(end - begin) // tile)
+    edges = [begin + (end - begin) * i // num_tiles for i in range(num_tiles + 1)]
+    return list(zip(edges, edges[1:], strict=False))

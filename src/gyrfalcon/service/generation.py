@@ -1,0 +1,362 @@
+"""The text side's story: permit, model, checks, tokens, engine, text."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import cast
+
+from gyrfalcon import errors
+from gyrfalcon.engine.interface import EngineEvent, EngineRequest, EngineStats, PromptEvent, TokenEvent
+from gyrfalcon.service.detokenizer import Detokenizer
+from gyrfalcon.service.interface import (
+    ChatPrompt,
+    Choice,
+    ChoiceEnd,
+    Completion,
+    Delta,
+    EngineHealth,
+    EngineState,
+    FinishReason,
+    GenerateCall,
+    GeneratedToken,
+    ModelInfo,
+    PromptToken,
+    TextSpan,
+    Timings,
+    TokenPrompt,
+)
+from gyrfalcon.service.models import ModelTable, ServedModel
+from gyrfalcon.service.tokenizer import TextTokenizer
+from gyrfalcon.service.validation import (
+    SEED_RANGE,
+    FittedPrompt,
+    ValidCall,
+    check,
+    check_encodable,
+    count_choices,
+    fit,
+)
+from gyrfalcon.telemetry import Metrics, RequestRecord
+
+logger = logging.getLogger(__name__)
+
+# Tokenising fewer characters takes well under a millisecond, less than a thread's round trip is worth.
+SHORT_TEXT_CHARS = 2000
+
+
+class GenerationService:
+    """The `TextService` over one engine a model."""
+
+    def __init__(self, models: ModelTable, metrics: Metrics, *, max_concurrent_requests: int) -> None:
+        self._models = models
+        self._metrics = metrics
+        self._admission = Admission(max_concurrent_requests)
+        self._request_ids = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count(1))
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        return tuple(model.info for model in self._models.all)
+
+    def resolve(self, model: str | None) -> ModelInfo:
+        return self._models.resolve(model).info
+
+    async def stream(self, call: GenerateCall) -> AsyncGenerator[list[Delta], None]:
+        async with self._run(call, is_stream=True) as run:
+            async for deltas in run.deltas():
+                yield deltas
+
+    async def complete(self, call: GenerateCall) -> Completion:
+        async with self._run(call, is_stream=False) as run:
+            tokens: list[list[GeneratedToken]] = [[] for _ in range(run.num_choices)]
+            ends: list[ChoiceEnd | None] = [None] * run.num_choices
+            async for deltas in run.deltas():
+                for delta in deltas:
+                    tokens[delta.choice].append(delta.token)
+                    ends[delta.choice] = delta.end
+            return run.completion(tokens, ends)
+
+    async def tokenize(
+        self, text: str, *, model: str | None = None, add_special_tokens: bool = True
+    ) -> tuple[TextSpan, ...]:
+        tokenizer = self._models.resolve(model).tokenizer
+        check_encodable("prompt", text)
+        if len(text) < SHORT_TEXT_CHARS:
+            return tokenizer.spans(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(tokenizer.spans, text, add_special_tokens=add_special_tokens)
+
+    async def health(self) -> EngineHealth:
+        for model in self._models.all:
+            health = await model.engine.health()
+            if not health.is_healthy:
+                return health
+        return EngineHealth(state=EngineState.READY)
+
+    def stats(self) -> dict[str, EngineStats]:
+        return {model.name: model.engine.stats() for model in self._models.all}
+
+    async def close(self) -> None:
+        await asyncio.gather(*(model.engine.close() for model in self._models.all))
+
+    @asynccontextmanager
+    async def _run(self, call: GenerateCall, *, is_stream: bool) -> AsyncIterator[Run]:
+        """Admit the call and prepare it; on leaving, give the permit back and record how it went."""
+        record = _Record(call.request_id or next(self._request_ids))
+        self._metrics.request_begins()
+        try:
+            if is_stream:
+                _check_streamable(call)
+            model = self._models.resolve(call.model)
+            record.model = model.name
+            with self._admission.permit(count_choices(call, model.limits)):
+                valid = check(call, model.limits, model.watermark)
+                prompt = await _tokenize(valid, model)
+                self._metrics.prompt_admitted(len(prompt.ids), prompt.max_new_tokens)
+                record.validated(prompt)
+                yield Run(valid, prompt, model, record)
+                record.outcome = "success"
+        except errors.TemplateError:
+            record.outcome = "template"
+            raise
+        except errors.RequestError:
+            record.outcome = "validation"
+            raise
+        except errors.Overloaded:
+            record.outcome = "overloaded"
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            record.outcome = "dropped"
+            raise
+        except BaseException:
+            record.outcome = "generation"
+            raise
+        finally:
+            self._metrics.request_ends(record.freeze())
+
+
+class Admission:
+    """Counts the sequences that run at the same time, and turns away what exceeds their number."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+
+    @contextmanager
+    def permit(self, num_sequences: int) -> Iterator[None]:
+        """Hold room for this many sequences. Raises Overloaded at once where there is none."""
+        if self._taken + num_sequences > self._most:
+            raise errors.Overloaded(f"model is overloaded: at most {self._most} sequences run at the same time")
+        self._taken += num_sequences
+        try:
+            yield
+        finally:
+            self._taken -= num_sequences
+
+
+class Run:
+    """One admitted call: what goes to the engine, and what comes back made into text."""
+
+    def __init__(self, valid: ValidCall, prompt: FittedPrompt, model: ServedModel, record: _Record) -> None:
+        self.num_choices = valid.num_choices
+        self._valid = valid
+        self._prompt = prompt
+        self._model = model
+        self._record = record
+        self._prompt_logprobs: tuple[float | None, ...] | None = None
+        self._texts = [Detokenizer(model.tokenizer, prompt.ids, valid.call.stop) for _ in range(valid.num_choices)]
+        self._num_tokens = [0] * valid.num_choices
+        self._is_ended = [False] * valid.num_choices
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """Run the engine and yield its tokens as text, until every choice has ended."""
+        async with aclosing(self._engine_events()) as batches:
+            async for events in batches:
+                deltas: list[Delta] = []
+                for event in events:
+                    if isinstance(event, PromptEvent):
+                        self._record.queue_s = event.queue_s
+                        self._prompt_logprobs = event.logprobs
+                    elif not self._is_ended[event.choice]:
+                        deltas.append(self._delta(event))
+                if deltas:
+                    yield deltas
+                if all(self._is_ended):  # some by a stop string: leaving the block aborts what the engine still runs
+                    return
+        raise errors.GenerationFailed("the engine ended the request before its last token")
+
+    def completion(self, tokens: Sequence[Sequence[GeneratedToken]], ends: Sequence[ChoiceEnd | None]) -> Completion:
+        """The finished request, its best choice first where it is ranked."""
+        choices = [
+            Choice(index, end.text, end.finish_reason, tuple(tokens[index]), end.seed)
+            for index, end in enumerate(ends)
+            if end is not None
+        ]
+        if self._valid.is_ranked:
+            # The first of equals wins; the others stay in the order they were generated in.
+            best = max(choices, key=_mean_logprob)
+            choices.remove(best)
+            choices.insert(0, best)
+        return Completion(
+            request_id=self._record.request_id,
+            model=self._model.name,
+            choices=tuple(choices),
+            num_prompt_tokens=len(self._prompt.ids),
+            prompt=self._prompt_tokens(),
+            timings=self._record.timings(),
+        )
+
+    def _engine_events(self) -> AsyncGenerator[list[EngineEvent], None]:
+        call = self._valid.call
+        stop_ids = self._model.tokenizer.eos_ids if call.stop_token_ids is None else call.stop_token_ids
+        events = self._model.engine.generate(
+            EngineRequest(
+                request_id=self._record.request_id,
+                prompt_ids=self._prompt.ids,
+                max_new_tokens=self._prompt.max_new_tokens,
+                min_new_tokens=self._prompt.min_new_tokens,
+                sampling=self._valid.sampling,
+                num_choices=self.num_choices,
+                stop_token_ids=stop_ids,
+                prompt_logprobs=call.prompt_logprobs,
+                top_n=self._valid.top_n,
+            )
+        )
+        # The engine's door promises an iterator that can be closed, which that type cannot say.
+        return cast(AsyncGenerator[list[EngineEvent], None], events)
+
+    def _delta(self, event: TokenEvent) -> Delta:
+        choice = event.choice
+        piece = self._texts[choice].push(event.token_id)
+        self._num_tokens[choice] += 1
+        self._record.num_generated_tokens += 1
+        # The engine's reason comes first: a stop string completed by the last allowed token ends by length.
+        reason = event.finish_reason or (FinishReason.STOP if piece.is_stop else None)
+        end = None
+        if reason is not None:
+            end = self._end(choice, reason)
+            if event.finish_reason is None and self.num_choices > 1:
+                self._model.engine.end_choice(self._record.request_id, choice)
+        top = None if event.top is None else self._top(event.top)
+        token = GeneratedToken(event.token_id, piece.text, event.logprob, piece.is_special, top)
+        return Delta(choice, self._num_tokens[choice], token, end)
+
+    def _end(self, choice: int, reason: FinishReason) -> ChoiceEnd:
+        self._is_ended[choice] = True
+        self._record.finish_reason = reason.value
+        sampling = self._valid.sampling
+        return ChoiceEnd(
+            text=self._texts[choice].text,
+            finish_reason=reason,
+            num_tokens=self._num_tokens[choice],
+            seed=(sampling.seed + choice) % SEED_RANGE if sampling.do_sample else None,
+            num_prompt_tokens=len(self._prompt.ids),
+        )
+
+    def _top(self, pairs: Sequence[tuple[int, float]]) -> tuple[GeneratedToken, ...]:
+        tokenizer = self._model.tokenizer
+        return tuple(
+            GeneratedToken(id_, tokenizer.token_text(id_), logprob, tokenizer.is_special(id_)) for id_, logprob in pairs
+        )
+
+    def _prompt_tokens(self) -> tuple[PromptToken, ...] | None:
+        if not self._valid.call.prompt_logprobs:
+            return None
+        if self._prompt_logprobs is None:
+            raise errors.GenerationFailed("the engine did not score the prompt")
+        text = self._model.tokenizer.token_text
+        pairs = zip(self._prompt.ids, self._prompt_logprobs, strict=True)
+        return tuple(PromptToken(id_, text(id_), logprob) for id_, logprob in pairs)
+
+
+class _Record:
+    """What is known so far of how a request goes; its owner is the block that `GenerationService._run` opens."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.outcome = "generation"
+        self.model: str | None = None
+        self.queue_s: float | None = None
+        self.num_generated_tokens = 0
+        self.finish_reason: str | None = None
+        self._prompt: FittedPrompt | None = None
+        self._validation_s: float | None = None
+        self._arrived = time.perf_counter()
+
+    def validated(self, prompt: FittedPrompt) -> None:
+        self._prompt = prompt
+        self._validation_s = time.perf_counter() - self._arrived
+
+    def timings(self) -> Timings:
+        record = self.freeze()
+        return Timings(record.validation_s or 0.0, record.queue_s or 0.0, record.inference_s or 0.0, record.total_s)
+
+    def freeze(self) -> RequestRecord:
+        prompt = self._prompt
+        return RequestRecord(
+            request_id=self.request_id,
+            outcome=self.outcome,
+            model=self.model,
+            num_prompt_tokens=None if prompt is None else len(prompt.ids),
+            max_new_tokens=None if prompt is None else prompt.max_new_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            num_answers=1,
+            finish_reason=self.finish_reason,
+            validation_s=self._validation_s,
+            queue_s=self.queue_s,
+            total_s=time.perf_counter() - self._arrived,
+        )
+
+
+def _check_streamable(call: GenerateCall) -> None:
+    if call.best_of is not None and call.best_of != 1:
+        raise errors.InvalidRequest(
+            "best_of", f"`best_of` != 1 is not allowed when streaming: ranking needs the end. Given: {call.best_of}"
+        )
+    if call.prompt_logprobs:
+        raise errors.InvalidRequest("prompt_logprobs", "`prompt_logprobs` is not allowed when streaming")
+
+
+async def _tokenize(valid: ValidCall, model: ServedModel) -> FittedPrompt:
+    """The call's prompt as ids that fit. Text ends here: below are token ids."""
+    call, prompt = valid.call, valid.call.prompt
+    if isinstance(prompt, TokenPrompt):
+        ids = list(prompt.ids if call.truncate is None else prompt.ids[-call.truncate :])
+    elif isinstance(prompt, ChatPrompt):
+        # A template brings the special tokens it wants.
+        ids = await _encode(model.tokenizer, await _render(prompt, model), call.truncate, add_special_tokens=False)
+    else:
+        ids = await _encode(model.tokenizer, (call.prefix or "") + prompt, call.truncate)
+    width = model.engine.facts.vocab_size
+    strange = [id_ for id_ in ids if not 0 <= id_ < width]
+    if strange:
+        raise errors.InvalidRequest(
+            "prompt", f"`prompt` holds token id {strange[0]}; the model's ids are 0 to {width - 1}"
+        )
+    num_prefix_tokens = len(model.tokenizer.encode(call.prefix, add_special_tokens=False)) if call.prefix else 0
+    return fit(valid, ids, num_prefix_tokens, model.limits)
+
+
+async def _render(prompt: ChatPrompt, model: ServedModel) -> str:
+    """The conversation as text, made in a thread: a template may take its time."""
+    if model.chat_template is None:
+        raise errors.TemplateError(f"model `{model.name}` has no chat template; send a text prompt")
+    return await asyncio.to_thread(model.chat_template.render, prompt.messages)
+
+
+async def _encode(
+    tokenizer: TextTokenizer, text: str, keep_last: int | None, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Encode; a long text in a thread, as the library lets the event loop run meanwhile."""
+    if len(text) < SHORT_TEXT_CHARS:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens, keep_last=keep_last)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens, keep_last=keep_last)
+
+
+def _mean_logprob(choice: Choice) -> float:
+    """What best_of ranks by: the mean log-probability of the choice's tokens, end-of-sequence included."""
+    return sum(token.logprob for token in choice.tokens) / len(choice.tokens)
