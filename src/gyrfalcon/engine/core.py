@@ -46,9 +46,7 @@ class StepOutcome:
 class EngineCore:
     """Holds the live requests and advances them, one step at a time."""
 
-    def __init__(
-        self, executor: Executor, limits: CoreLimits, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, executor: Executor, limits: CoreLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises OutOfCache when the cache cannot hold one sequence of `limits.max_total_tokens`."""
         found = executor.facts
         cache_tokens = (found.num_blocks - 1) * found.block_size

@@ -126,6 +126,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens: int = 0  # prompt tokens computed, since start
     decode_tokens: int = 0  # tokens generated, since start
     last_step_s: float = 0.0
+    peak_memory_bytes: int = 0  # largest resident size of the engine's own process; 0 where it shares the caller's
 
 
 class EngineState(enum.StrEnum):

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import msgspec
 
@@ -123,7 +124,7 @@ class ProcessEngine:
             self._send(EndChoice(request_id, choice))
 
     def stats(self) -> EngineStats:
-        return self._stats
+        return msgspec.structs.replace(self._stats, peak_memory_bytes=_peak_memory_bytes(self.pid))
 
     async def health(self) -> EngineHealth:
         silent_s = time.monotonic() - self._last_notice_s
@@ -241,6 +242,15 @@ class ProcessEngine:
         if process.is_alive():
             process.kill()
             await asyncio.to_thread(process.join)
+
+
+def _peak_memory_bytes(pid: int | None) -> int:
+    """Largest resident size of a process so far; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _frame(message: Command | Notice) -> bytes:

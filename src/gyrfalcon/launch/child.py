@@ -1,0 +1,28 @@
+"""What the front process hands to the engine's process: a recipe for the core, without the libraries it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gyrfalcon.config import Settings
+from gyrfalcon.telemetry import setup_logging
+
+if TYPE_CHECKING:
+    from gyrfalcon.engine.core import EngineCore
+
+
+@dataclass(frozen=True, slots=True)
+class CoreRecipe:
+    """Builds the core where it is called. Picklable: the front process never imports torch."""
+
+    settings: Settings
+    folder: Path
+
+    def __call__(self, on_progress: Callable[[int, int], None]) -> EngineCore:
+        setup_logging(self.settings.json_output, self.settings.log_level)
+        from gyrfalcon.launch.device import build_core
+
+        return build_core(self.settings, self.folder, on_progress)

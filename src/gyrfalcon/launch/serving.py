@@ -1,0 +1,177 @@
+"""The front process: finds the checkpoint, starts the engine, and puts service and dialects on top."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+
+import uvicorn
+import uvloop
+
+from gyrfalcon.config import Settings
+from gyrfalcon.engine.interface import Engine, WatermarkParams
+from gyrfalcon.engine.process import ProcessEngine
+from gyrfalcon.errors import EngineDead
+from gyrfalcon.hub import Checkpoint, locate_checkpoint
+from gyrfalcon.http.app import create_app
+from gyrfalcon.http.settings import HttpSettings
+from gyrfalcon.launch.child import CoreRecipe
+from gyrfalcon.service.chat import load_chat_template
+from gyrfalcon.service.generation import GenerationService
+from gyrfalcon.service.interface import ModelInfo, TextService
+from gyrfalcon.service.models import ModelTable, ServedModel
+from gyrfalcon.service.tokenizer import load_tokenizer
+from gyrfalcon.service.validation import resolve_limits
+from gyrfalcon.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[int, int], None]
+
+
+def serve(
+    settings: Settings, *, listener: socket.socket, on_progress: OnProgress, on_ready: Callable[[ModelInfo], None]
+) -> None:
+    """Serve over HTTP until a signal ends it.
+
+    listener: a bound socket; it begins to listen, and on_ready is called, once the model is loaded. The first SIGINT
+    or SIGTERM lets running requests finish within the grace period, the second ends at once. Raises OperatorError
+    when the model cannot be served, EngineDead when its engine keeps dying.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, listener, on_progress, on_ready))
+
+
+@asynccontextmanager
+async def open_text_service(
+    settings: Settings, *, on_progress: OnProgress, on_give_up: Callable[[], None] = lambda: None
+) -> AsyncIterator[GenerationService]:
+    """The text service over the engine that the settings describe; leaving closes both.
+
+    on_progress: receives (bytes done, bytes total) while weights are read. on_give_up: called when the engine's
+    process has died so often that it is not started again.
+    """
+    logger.info("settings", extra=settings.shown())
+    checkpoint = await asyncio.to_thread(
+        locate_checkpoint, settings.model, revision=settings.revision, cache_dir=settings.huggingface_hub_cache
+    )
+    # The text side is read first: what is missing there is known in a moment, the weights may take minutes.
+    tokenizer = load_tokenizer(checkpoint.folder)
+    chat_template = load_chat_template(checkpoint.folder, tokenizer, settings.tokenizer_config_path)
+    async with AsyncExitStack() as stack:
+        engine = await _start_engine(settings, checkpoint, on_progress, on_give_up)
+        stack.push_async_callback(engine.close)
+        limits = resolve_limits(
+            engine.facts,
+            max_total_tokens=settings.max_total_tokens,
+            max_input_tokens=settings.max_input_tokens,
+            max_concurrent_requests=settings.max_concurrent_requests,
+            max_best_of=settings.max_best_of,
+            max_stop_sequences=settings.max_stop_sequences,
+            max_top_n_tokens=settings.max_top_n_tokens,
+            default_max_new_tokens=settings.default_max_new_tokens,
+        )
+        model = ServedModel(
+            name=settings.served_model_name or checkpoint.name,
+            revision=checkpoint.revision,
+            engine=engine,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            limits=limits,
+            watermark=WatermarkParams(
+                gamma=settings.watermark_gamma, delta=settings.watermark_delta, key=settings.watermark_key
+            ),
+        )
+        yield GenerationService(
+            ModelTable([model], strict_names=settings.strict_model_names),
+            Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens),
+            max_concurrent_requests=settings.max_concurrent_requests,
+        )
+
+
+async def _start_engine(
+    settings: Settings, checkpoint: Checkpoint, on_progress: OnProgress, on_give_up: Callable[[], None]
+) -> Engine:
+    recipe = CoreRecipe(settings, checkpoint.folder)
+    if settings.engine == "process":
+        return await ProcessEngine.start(recipe, on_progress=on_progress, on_give_up=on_give_up)
+    # Only here, as the engine in this process brings torch along.
+    from gyrfalcon.engine.local import LocalEngine
+
+    return LocalEngine(await asyncio.to_thread(recipe, on_progress))
+
+
+async def _serve(
+    settings: Settings, listener: socket.socket, on_progress: OnProgress, on_ready: Callable[[ModelInfo], None]
+) -> None:
+    servers: list[_Server] = []
+    has_given_up = False
+
+    def give_up() -> None:
+        nonlocal has_given_up
+        has_given_up = True
+        for server in servers:
+            server.should_exit = True
+
+    async with open_text_service(settings, on_progress=on_progress, on_give_up=give_up) as service:
+        server = _Server(settings, service, lambda: on_ready(service.models[0]))
+        servers.append(server)
+        with _ending_by_signal(server):
+            await server.serve(sockets=[listener])
+    if has_given_up:
+        raise EngineDead("the engine died too often and was given up; the log says how it ended")
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn with signals left to us, and a word when it listens."""
+
+    def __init__(self, settings: Settings, service: TextService, on_ready: Callable[[], None]) -> None:
+        http_settings = HttpSettings(
+            api_keys=settings.api_key,
+            cors_allow_origins=settings.cors_allow_origin,
+            payload_limit=settings.payload_limit,
+            compute_type=settings.compute_type,
+        )
+        config = uvicorn.Config(
+            create_app(service, http_settings),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=round(settings.graceful_termination_timeout),
+        )
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._on_ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # Uvicorn raises a captured signal again when it has stopped, which would end the process before the engine.
+        yield
+
+
+@contextmanager
+def _ending_by_signal(server: uvicorn.Server) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+
+    def end(signal_number: signal.Signals) -> None:
+        if server.should_exit:
+            server.force_exit = True
+        else:
+            logger.info("%s: finishing what runs", signal_number.name)
+            server.should_exit = True
+
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signal_number, end, signal_number)
+    try:
+        yield
+    finally:
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(signal_number)
