@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import torch
-from checkpoints import FALCON_1B, write_falcon
 from transformers import AutoModelForCausalLM
 
+from checkpoints import FALCON_1B, write_falcon
 from gyrfalcon.cli.bench import ServiceTarget, summarise
 from gyrfalcon.config import Settings
 from gyrfalcon.launch.serving import open_text_service
@@ -78,7 +78,8 @@ async def main() -> None:
     print(f"transformers, one request   {medians['t1']:7.2f} tokens/s   decoding {medians['t1 decode']:7.2f}")
     print(f"gyrfalcon, one request      {medians['g1']:7.2f} tokens/s   decoding {medians['g1 decode']:7.2f}")
     print(f"gyrfalcon, {NUM_CONCURRENT} requests      {medians['g16']:7.2f} tokens/s")
-    print(f"ratio at batch 1: {medians['g1'] / medians['t1']:.2f} (decoding {medians['g1 decode'] / medians['t1 decode']:.2f})")
+    whole, decode = medians["g1"] / medians["t1"], medians["g1 decode"] / medians["t1 decode"]
+    print(f"ratio at batch 1: {whole:.2f} (decoding {decode:.2f})")
     print(f"ratio of {NUM_CONCURRENT} concurrent to one after another: {medians['g16'] / medians['t1']:.2f}")
 
 

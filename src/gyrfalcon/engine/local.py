@@ -69,7 +69,7 @@ class LocalEngine:
 
     def _run(self) -> None:
         try:
-            run_loop(self._core, self._inbox, lambda report: self._post(report))
+            run_loop(self._core, self._inbox, self._post)
         except Exception:
             logger.exception("the engine loop ended")
             self._loop.call_soon_threadsafe(self._die, "the engine loop ended by an error")

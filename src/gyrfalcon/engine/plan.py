@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from gyrfalcon.engine.interface import SamplingParams
+from gyrfalcon.engine.interface import SamplingParams, WatermarkParams
 from gyrfalcon.engine.scheduler import ScheduledRow
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
 from gyrfalcon.runner.interface import Ints, Longs, SamplingColumns, StepPlan
@@ -47,50 +49,67 @@ def _successor_ids(row: ScheduledRow) -> Ints:
     return successors
 
 
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """One token to be drawn: for which choice, from which row."""
+
+    row_index: int
+    group: SequenceGroup
+    sequence: Sequence
+    choice: int
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.group.request.sampling
+
+    @property
+    def mark(self) -> WatermarkParams | None:
+        return self.group.request.sampling.watermark
+
+    @property
+    def seed(self) -> int:
+        return (self.params.seed + self.choice) & SEED_MASK
+
+    def history(self) -> Ints:
+        """The ids so far, where a processor looks at them."""
+        needs_history = self.params.repetition_penalty != 1.0 or self.params.frequency_penalty != 0.0
+        return self.sequence.token_ids if needs_history else NO_IDS
+
+    def banned_ids(self) -> Ints:
+        """The ids that would end the choice too early."""
+        is_short = self.group.num_generated(self.sequence) < self.group.request.min_new_tokens
+        return np.array(self.group.request.stop_token_ids, dtype=np.int32) if is_short else NO_IDS
+
+
 def _gather_samples(rows: list[ScheduledRow]) -> SamplingColumns:
     draws = [
-        (index, row.group, row.sequence, choice)
+        _Draw(index, row.group, row.sequence, choice)
         for index, row in enumerate(rows)
         if row.reaches_end
         for choice in row.sequence.choices
     ]
-    params = [group.request.sampling for _, group, _, _ in draws]
-    marks = [p.watermark for p in params]
-    history_ids, history_starts = _pack([_history(p, sequence) for p, (_, _, sequence, _) in zip(params, draws)])
-    banned_ids, banned_starts = _pack([_banned_ids(group, sequence) for _, group, sequence, _ in draws])
+    history_ids, history_starts = _pack([draw.history() for draw in draws])
+    banned_ids, banned_starts = _pack([draw.banned_ids() for draw in draws])
     return SamplingColumns(
-        rows_S=np.array([index for index, _, _, _ in draws], dtype=np.int32),
-        positions_S=np.array([sequence.num_tokens for _, _, sequence, _ in draws], dtype=np.int32),
-        seeds_S=np.array(
-            [(p.seed + choice) & SEED_MASK for p, (_, _, _, choice) in zip(params, draws)], dtype=np.uint64
-        ),
-        do_sample_S=np.array([p.do_sample for p in params], dtype=np.bool_),
-        temperature_S=np.array([p.temperature for p in params], dtype=np.float32),
-        top_k_S=np.array([p.top_k for p in params], dtype=np.int32),
-        top_p_S=np.array([p.top_p for p in params], dtype=np.float32),
-        typical_p_S=np.array([p.typical_p for p in params], dtype=np.float32),
-        repetition_penalty_S=np.array([p.repetition_penalty for p in params], dtype=np.float32),
-        frequency_penalty_S=np.array([p.frequency_penalty for p in params], dtype=np.float32),
-        watermark_gamma_S=np.array([m.gamma if m else 0.0 for m in marks], dtype=np.float32),
-        watermark_delta_S=np.array([m.delta if m else 0.0 for m in marks], dtype=np.float32),
-        watermark_key_S=np.array([m.key if m else 0 for m in marks], dtype=np.uint64),
-        top_n_S=np.array([group.request.top_n for _, group, _, _ in draws], dtype=np.int32),
+        rows_S=np.array([draw.row_index for draw in draws], dtype=np.int32),
+        positions_S=np.array([draw.sequence.num_tokens for draw in draws], dtype=np.int32),
+        seeds_S=np.array([draw.seed for draw in draws], dtype=np.uint64),
+        do_sample_S=np.array([draw.params.do_sample for draw in draws], dtype=np.bool_),
+        temperature_S=np.array([draw.params.temperature for draw in draws], dtype=np.float32),
+        top_k_S=np.array([draw.params.top_k for draw in draws], dtype=np.int32),
+        top_p_S=np.array([draw.params.top_p for draw in draws], dtype=np.float32),
+        typical_p_S=np.array([draw.params.typical_p for draw in draws], dtype=np.float32),
+        repetition_penalty_S=np.array([draw.params.repetition_penalty for draw in draws], dtype=np.float32),
+        frequency_penalty_S=np.array([draw.params.frequency_penalty for draw in draws], dtype=np.float32),
+        watermark_gamma_S=np.array([draw.mark.gamma if draw.mark else 0.0 for draw in draws], dtype=np.float32),
+        watermark_delta_S=np.array([draw.mark.delta if draw.mark else 0.0 for draw in draws], dtype=np.float32),
+        watermark_key_S=np.array([draw.mark.key if draw.mark else 0 for draw in draws], dtype=np.uint64),
+        top_n_S=np.array([draw.group.request.top_n for draw in draws], dtype=np.int32),
         history_ids=history_ids,
         history_starts=history_starts,
         banned_ids=banned_ids,
         banned_starts=banned_starts,
     )
-
-
-def _history(params: SamplingParams, sequence: Sequence) -> Ints:
-    needs_history = params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0
-    return sequence.token_ids if needs_history else NO_IDS
-
-
-def _banned_ids(group: SequenceGroup, sequence: Sequence) -> Ints:
-    request = group.request
-    too_short = group.num_generated(sequence) < request.min_new_tokens
-    return np.array(request.stop_token_ids, dtype=np.int32) if too_short else NO_IDS
 
 
 def _pack(parts: list[Ints]) -> tuple[Ints, Longs]:

@@ -197,7 +197,9 @@ def test_preempted_requests_resume_with_the_same_tokens_and_the_oldest_is_never_
     executor = FakeExecutor(num_blocks=9, block_size=2)
     core = make_core(executor, token_budget=8, max_rows=4)
     run = Collector(core)
-    wanted = [request(str(seed), (seed, 1), 12, sampling=SamplingParams(do_sample=True, seed=seed)) for seed in range(3)]
+    wanted = [
+        request(str(seed), (seed, 1), 12, sampling=SamplingParams(do_sample=True, seed=seed)) for seed in range(3)
+    ]
     for one in wanted:
         run.submit(one)
     run.run()

@@ -7,7 +7,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from gyrfalcon.runner.logits import process_logits
-from tests.unit.runner.columns import columns
+from gyrfalcon.testing.columns import columns
 
 NO_LAST = np.zeros(3, dtype=np.int32)
 WIDTH = 64

@@ -11,7 +11,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from gyrfalcon.runner.logits import process_logits
 from gyrfalcon.runner.sampler import NARROW_WIDTH, choose
-from tests.unit.runner.columns import columns
+from gyrfalcon.testing.columns import columns
 
 WIDE = 3 * NARROW_WIDTH
 

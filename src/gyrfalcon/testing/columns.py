@@ -27,7 +27,7 @@ NEUTRAL = {
 
 def columns(num_samples: int, history: list[list[int]] | None = None, **values: Any) -> SamplingColumns:
     """Columns of `num_samples` samples; a value is a scalar for all or a list with one entry a sample."""
-    made = {}
+    made: dict[str, Any] = {}
     for name, (dtype, neutral) in NEUTRAL.items():
         given = values.pop(name.removesuffix("_S"), neutral)
         made[name] = np.broadcast_to(np.asarray(given, dtype=dtype), (num_samples,)).copy()
