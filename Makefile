@@ -39,7 +39,8 @@ wheel:
 
 # Pins what the environment holds now. The build of torch (+cpu, +cu130) is left to the machine.
 constraints: $(READY)
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.txt
+	echo '# What CI runs with. Written by `make constraints`.' > constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> constraints.txt
 
 # The stamp is younger than what it was installed from: nothing is installed twice.
 $(READY): pyproject.toml constraints.txt

@@ -187,6 +187,7 @@ def write_card(
         tokens_held_out=f"{num_held_out:,}",
         sha256=corpus.sha256(),
         steps=f"{int(last['step']):,}",
+        planned="" if last["step"] == recipe.steps else f" (of {recipe.steps:,} planned: the clock ended the run)",
         tokens_per_step=f"{recipe.tokens_per_step:,}",
         epochs=f"{last['step'] * recipe.tokens_per_step / num_train:.1f}",
         minutes=f"{last['minutes']:.0f}",
@@ -294,14 +295,14 @@ about them; paragraphs that also occur in the training part are removed from the
 
 ## Training
 
-{steps} steps of {tokens_per_step} tokens ({epochs} times over the data), {minutes} minutes on two shared CPU cores
-with torch {torch}: rows of {row_length} tokens, of {long_row_length} in the last {long_share}; float32 weights,
+{steps} steps{planned} of {tokens_per_step} tokens ({epochs} times over the data), {minutes} minutes on two shared CPU
+cores with torch {torch}: rows of {row_length} tokens, of {long_row_length} in the last {long_share}; float32 weights,
 bfloat16 arithmetic; Muon for the blocks' matrices at a peak rate of {matrix_rate}, AdamW for the rest at
 {embedding_rate}; {warmup} steps of warm-up, then a cosine; weight decay {decay}, gradients clipped at {clip}, dropout
 {dropout}, seed {seed}. To do it again:
 
 ```sh
-python tools/train_eyas.py --out src/gyrfalcon/eyas
+OMP_WAIT_POLICY=passive python tools/train_eyas.py --compile --out src/gyrfalcon/eyas
 ```
 
 Another version of Python has other documents, and makes a slightly different model; another processor or number of
@@ -318,8 +319,8 @@ On these files, in float32. Loss on the held-out documents, each read on its own
 The mean training loss at the end was {train_loss} nats per token: much of what it has read, it knows by heart.
 
 Gap between the best and the second-best logit along greedy continuations of {gap_tokens} tokens of {gap_prompts}
-prompts, in float32, running on past the end of text. Two correct float32 implementations differ by about 0.0001 at most, so they agree on
-every token unless a gap is smaller than that:
+prompts, in float32, running on past the end of text. Two correct float32 implementations differ by some hundred
+thousandths, so they agree on every token unless a gap is as small as that:
 
 | gap | |
 |---|---|

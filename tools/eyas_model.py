@@ -143,6 +143,7 @@ def save_model(model: Eyas, folder: Path, eos_token_id: int) -> None:
     """Write config.json, generation_config.json and the weights, rounded to bfloat16."""
     weights = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # save_file leaves it readable to its owner alone
     shape = model.shape
     config = {
         "activation": "gelu",

@@ -13,7 +13,9 @@ held out to measure with. It depends on the version of Python: the shipped model
 Recipe: `eyas_training.Recipe` holds every number; the model is `eyas_model.Shape`. Seeds are fixed: the same Python,
 torch, processor type and number of threads give the same weights, as long as the steps, not `--minutes`, end the run.
 
-Time: about 40 minutes on two cores that have bfloat16 matrix instructions, several times that on ones that have not.
+Time: about 40 minutes on two shared cores that have bfloat16 matrix instructions, several times that on ones that have
+not. `--compile` saves a fifth. On a machine that does other work too, set OMP_WAIT_POLICY=passive in the environment:
+threads that spin while they wait for a core made a step four times as long.
 Interrupted, it goes on from its last checkpoint in `--work`, if started again with the same options.
 
 Needs: torch, transformers, tokenizers, safetensors, numpy; no network, no accelerator.
@@ -47,7 +49,7 @@ def main() -> None:
     describe(corpus, train, held_out)
 
     recipe = Recipe(steps=options.steps)
-    trainer = Trainer(Shape(), recipe, options.minutes)
+    trainer = Trainer(Shape(), recipe, options.minutes, compiled=options.compile)
     checkpoint = options.work / f"eyas-{corpus.sha256()[:12]}.pt"
     if checkpoint.exists():
         trainer.resume(checkpoint)
@@ -65,8 +67,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets the finished checkpoint")
     parser.add_argument("--work", type=Path, default=Path("build/eyas"), help="folder for the training state")
-    parser.add_argument("--steps", type=int, default=4500, help="length of the training run")
+    parser.add_argument("--steps", type=int, default=2600, help="length of the training run")
     parser.add_argument("--minutes", type=float, help="end the schedule by this training time even if steps are left")
+    parser.add_argument("--compile", action="store_true", help="fuse the training step (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     return parser.parse_args()
 

@@ -133,9 +133,9 @@ class Settings:
     payload_limit: int = _setting(
         2_000_000, options.whole(1), SERVER, "Most bytes of a request's body.", variables=("PAYLOAD_LIMIT",)
     )
-    graceful_termination_timeout: float = _setting(
-        45.0,
-        options.number(0),
+    graceful_termination_timeout: int = _setting(
+        45,
+        options.whole(0, 86400),
         SERVER,
         "Seconds that running requests have to finish at shutdown.",
         flags=("-g",),
@@ -414,7 +414,8 @@ def _read(option: Option, raw: object, origin: str) -> object:
 
 
 def _shown(option: Option, raw: object) -> str:
-    return "the hidden value" if option.secret else f"`{raw}`"
+    text = str(raw) if str(raw).isprintable() else ascii(raw)  # a message is one line
+    return "the hidden value" if option.secret else f"`{text}`"
 
 
 def _check_relations(settings: Settings) -> None:

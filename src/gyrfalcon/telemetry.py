@@ -44,7 +44,7 @@ def setup_logging(json_output: bool, level: str = "info") -> None:
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
-            _escape_controls,
+            _clean,
             renderer,
         ],
     )
@@ -59,10 +59,11 @@ def setup_logging(json_output: bool, level: str = "info") -> None:
         logging.getLogger(name).propagate = True
 
 
-def _escape_controls(
+def _clean(
     _logger: structlog.typing.WrappedLogger, _method: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """Keep a client's text from writing lines of its own into the log."""
+    """Drop repetition, and keep a client's text from writing lines of its own into the log."""
+    event.pop("color_message", None)  # uvicorn repeats its lines with colours
     for key, value in event.items():
         if isinstance(value, str) and key != "exception" and not value.isprintable():
             event[key] = value.encode("unicode_escape").decode("ascii")

@@ -85,14 +85,14 @@ def generate(
 
 
 async def _stream(settings: Settings, call: GenerateCall, out: TextIO) -> None:
-    from gyrfalcon import launch
     from gyrfalcon.cli.progress import LoadingProgress
+    from gyrfalcon.launch import serving
     from gyrfalcon.telemetry import setup_logging
 
     setup_logging(settings.json_output, settings.log_level)
     with LoadingProgress() as progress:
         async with (
-            launch.open_text_service(settings, on_progress=progress) as service,
+            serving.open_text_service(settings, on_progress=progress) as service,
             aclosing(service.stream(call)) as batches,
         ):
             async for batch in batches:

@@ -40,8 +40,9 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
 
 def _explain(error: OSError, host: str, port: int) -> SettingsError:
     if error.errno == errno.EADDRINUSE:
+        other = port + 1 if port < 65535 else port - 1
         return SettingsError(
-            "--port", f"{port} on {host} is in use by another program; stop that or choose another: --port {port + 1}"
+            "--port", f"{port} on {host} is in use by another program; stop that or choose another: --port {other}"
         )
     if error.errno == errno.EACCES:
         return SettingsError("--port", f"{port} needs privileges this process lacks; choose one above 1023")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gyrfalcon import __version__
+from gyrfalcon.cli.bench import BENCH_OPTIONS, bench
 from gyrfalcon.cli.doctor import doctor
 from gyrfalcon.cli.flags import command_with_settings
 from gyrfalcon.cli.generate import GENERATE_OPTIONS, generate
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(command_with_settings(serve, OPTIONS, positional=True))
 app.command()(command_with_settings(generate, GENERATE_OPTIONS))
 app.command()(models)
+app.command()(command_with_settings(bench, BENCH_OPTIONS))
 app.command()(command_with_settings(doctor, OPTIONS, positional=True))
 
 

@@ -12,10 +12,10 @@ def serve(settings: Settings) -> None:
     file (port = 8080). A flag wins over a variable, a variable over the file.
     """
     # The flags are explained without loading what serving takes: web framework and engine.
-    from gyrfalcon import launch
     from gyrfalcon.cli.banner import render_banner
     from gyrfalcon.cli.listener import claim
     from gyrfalcon.cli.progress import LoadingProgress
+    from gyrfalcon.launch import serving
     from gyrfalcon.service.interface import ModelInfo
     from gyrfalcon.telemetry import setup_logging
 
@@ -26,4 +26,4 @@ def serve(settings: Settings) -> None:
             print(render_banner(settings, model), flush=True)
 
     with claim(settings.host, settings.port) as listener, LoadingProgress() as progress:
-        launch.serve(settings, listener=listener, on_progress=progress, on_ready=announce)
+        serving.serve(settings, listener=listener, on_progress=progress, on_ready=announce)

@@ -6,7 +6,6 @@ import hashlib
 import hmac
 from collections.abc import Collection, Sequence
 
-from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -67,12 +66,12 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
             return
         message = MISSING if key is None else WRONG
-        is_kaito = get_route_path(scope) in self._kaito_paths
+        is_kaito = routed_path(scope) in self._kaito_paths
         body = {"detail": message} if is_kaito else {"error": message, "error_type": "unauthorized"}
         await json_response(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        return scope["type"] == "http" and (scope["method"], get_route_path(scope)) in self._open_routes
+        return scope["type"] == "http" and (scope["method"], routed_path(scope)) in self._open_routes
 
 
 def _bearer(header: str | None) -> str | None:
@@ -87,3 +86,10 @@ def _bearer(header: str | None) -> str | None:
         return key.encode("latin-1").decode("utf-8")
     except UnicodeError:
         return key
+
+
+def routed_path(scope: Scope) -> str:
+    """The path that the router matches: without the prefix under which a proxy mounts the server."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    return path[len(root) :] if root and path.startswith(root + "/") else path

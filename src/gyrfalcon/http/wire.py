@@ -316,4 +316,6 @@ def _refuse_lone_surrogates(value: Any) -> None:
 
 
 def _kind(value: object) -> str:
-    return {list: "an array", dict: "an object"}.get(type(value), type(value).__name__)
+    if isinstance(value, list):
+        return "an array"
+    return "an object" if isinstance(value, dict) else type(value).__name__

@@ -1,1 +1,1 @@
-"""The device's operations. The door is `interface`; `reference` is the plain PyTorch every faster version is held to."""
+"""The device's operations. The door is `interface`; `reference` is plain PyTorch, the measure of every faster one."""

@@ -11,6 +11,7 @@ every sum over key positions is made partition by partition, in one order, whoev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -277,7 +278,7 @@ def _gather(cache: LayerCache, tables_NW: Tensor, begin: int, width: int) -> tup
 
 
 def _even_tiles(begin: int, end: int, tile: int) -> list[tuple[int, int]]:
-    """begin .. end cut into tiles of nearly equal size, none above `tile`, none below half of it when there are several."""
+    """begin .. end cut into tiles of nearly equal size, at most `tile`; of several, none is below half of that."""
     num_tiles = -(-(end - begin) // tile)
     edges = [begin + (end - begin) * i // num_tiles for i in range(num_tiles + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

@@ -16,9 +16,9 @@ from gyrfalcon.config import Settings
 from gyrfalcon.engine.interface import Engine, WatermarkParams
 from gyrfalcon.engine.process import ProcessEngine
 from gyrfalcon.errors import EngineDead
-from gyrfalcon.hub import Checkpoint, locate_checkpoint
 from gyrfalcon.http.app import create_app
 from gyrfalcon.http.settings import HttpSettings
+from gyrfalcon.hub import Checkpoint, locate_checkpoint
 from gyrfalcon.launch.child import CoreRecipe
 from gyrfalcon.service.chat import load_chat_template
 from gyrfalcon.service.generation import GenerationService
@@ -47,14 +47,20 @@ def serve(
 
 
 @asynccontextmanager
-async def open_text_service(
-    settings: Settings, *, on_progress: OnProgress, on_give_up: Callable[[], None] = lambda: None
-) -> AsyncIterator[GenerationService]:
+async def open_text_service(settings: Settings, *, on_progress: OnProgress) -> AsyncIterator[TextService]:
     """The text service over the engine that the settings describe; leaving closes both.
 
-    on_progress: receives (bytes done, bytes total) while weights are read. on_give_up: called when the engine's
-    process has died so often that it is not started again.
+    on_progress: receives (bytes done, bytes total) while weights are read.
     """
+    async with _open(settings, on_progress, on_give_up=lambda: None) as (service, _):
+        yield service
+
+
+@asynccontextmanager
+async def _open(
+    settings: Settings, on_progress: OnProgress, on_give_up: Callable[[], None]
+) -> AsyncIterator[tuple[TextService, Metrics]]:
+    """The service and its metrics. on_give_up: called when the engine died so often that it stays down."""
     logger.info("settings", extra=settings.shown())
     checkpoint = await asyncio.to_thread(
         locate_checkpoint, settings.model, revision=settings.revision, cache_dir=settings.huggingface_hub_cache
@@ -86,11 +92,14 @@ async def open_text_service(
                 gamma=settings.watermark_gamma, delta=settings.watermark_delta, key=settings.watermark_key
             ),
         )
-        yield GenerationService(
+        metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
+        service = GenerationService(
             ModelTable([model], strict_names=settings.strict_model_names),
-            Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens),
+            metrics,
             max_concurrent_requests=settings.max_concurrent_requests,
         )
+        metrics.watch_engines(service.stats)
+        yield service, metrics
 
 
 async def _start_engine(
@@ -117,8 +126,8 @@ async def _serve(
         for server in servers:
             server.should_exit = True
 
-    async with open_text_service(settings, on_progress=on_progress, on_give_up=give_up) as service:
-        server = _Server(settings, service, lambda: on_ready(service.models[0]))
+    async with _open(settings, on_progress, on_give_up=give_up) as (service, metrics):
+        server = _Server(settings, service, metrics, lambda: on_ready(service.models[0]))
         servers.append(server)
         with _ending_by_signal(server):
             await server.serve(sockets=[listener])
@@ -129,7 +138,9 @@ async def _serve(
 class _Server(uvicorn.Server):
     """Uvicorn with signals left to us, and a word when it listens."""
 
-    def __init__(self, settings: Settings, service: TextService, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, service: TextService, metrics: Metrics, on_ready: Callable[[], None]
+    ) -> None:
         http_settings = HttpSettings(
             api_keys=settings.api_key,
             cors_allow_origins=settings.cors_allow_origin,
@@ -137,7 +148,7 @@ class _Server(uvicorn.Server):
             compute_type=settings.compute_type,
         )
         config = uvicorn.Config(
-            create_app(service, http_settings),
+            create_app(service, http_settings, metrics),
             log_config=None,
             access_log=False,
             server_header=False,

@@ -16,20 +16,20 @@ class CacheShape:
 
     num_layers: int
     num_kv_heads: int
-    head_dim: int
+    head_size: int
     block_size: int
     dtype: torch.dtype
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all layers, keys and values."""
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_size * self.dtype.itemsize
         return per_token * self.block_size
 
 
 def allocate_cache(shape: CacheShape, num_blocks: int, device: str) -> list[LayerCache]:
     """One zeroed cache a layer. Zeroed because masked positions are read, and zero weight times NaN is NaN."""
-    size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_size)
     make = _lazy_zeros if device == "cpu" else lambda size, dtype: torch.zeros(size, dtype=dtype, device=device)
     return [LayerCache(make(size, shape.dtype), make(size, shape.dtype)) for _ in range(shape.num_layers)]
 

@@ -101,7 +101,7 @@ def cache_shape(model: CausalLM, block_size: int) -> CacheShape:
     return CacheShape(
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
+        head_size=spec.head_size,
         block_size=block_size,
         dtype=model.dtype,
     )

@@ -67,18 +67,19 @@ class GenerationService:
         return self._models.resolve(model).info
 
     async def stream(self, call: GenerateCall) -> AsyncGenerator[list[Delta], None]:
-        async with self._run(call, is_stream=True) as run:
-            async for deltas in run.deltas():
+        async with self._run(call, is_stream=True) as run, aclosing(run.deltas()) as batches:
+            async for deltas in batches:
                 yield deltas
 
     async def complete(self, call: GenerateCall) -> Completion:
         async with self._run(call, is_stream=False) as run:
             tokens: list[list[GeneratedToken]] = [[] for _ in range(run.num_choices)]
             ends: list[ChoiceEnd | None] = [None] * run.num_choices
-            async for deltas in run.deltas():
-                for delta in deltas:
-                    tokens[delta.choice].append(delta.token)
-                    ends[delta.choice] = delta.end
+            async with aclosing(run.deltas()) as batches:
+                async for deltas in batches:
+                    for delta in deltas:
+                        tokens[delta.choice].append(delta.token)
+                        ends[delta.choice] = delta.end
             return run.completion(tokens, ends)
 
     async def tokenize(
@@ -172,7 +173,7 @@ class Run:
         self._num_tokens = [0] * valid.num_choices
         self._is_ended = [False] * valid.num_choices
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Run the engine and yield its tokens as text, until every choice has ended."""
         async with aclosing(self._engine_events()) as batches:
             async for events in batches:
@@ -331,14 +332,19 @@ async def _tokenize(valid: ValidCall, model: ServedModel) -> FittedPrompt:
         ids = await _encode(model.tokenizer, await _render(prompt, model), call.truncate, add_special_tokens=False)
     else:
         ids = await _encode(model.tokenizer, (call.prefix or "") + prompt, call.truncate)
-    width = model.engine.facts.vocab_size
-    strange = [id_ for id_ in ids if not 0 <= id_ < width]
-    if strange:
-        raise errors.InvalidRequest(
-            "prompt", f"`prompt` holds token id {strange[0]}; the model's ids are 0 to {width - 1}"
-        )
+    _check_ids("prompt", ids, model)
+    _check_ids("stop_token_ids", call.stop_token_ids or (), model)
     num_prefix_tokens = len(model.tokenizer.encode(call.prefix, add_special_tokens=False)) if call.prefix else 0
     return fit(valid, ids, num_prefix_tokens, model.limits)
+
+
+def _check_ids(parameter: str, ids: Sequence[int], model: ServedModel) -> None:
+    width = model.engine.facts.vocab_size
+    strange = next((id_ for id_ in ids if not 0 <= id_ < width), None)
+    if strange is not None:
+        raise errors.InvalidRequest(
+            parameter, f"`{parameter}` holds token id {strange}; the model's ids are 0 to {width - 1}"
+        )
 
 
 async def _render(prompt: ChatPrompt, model: ServedModel) -> str:

@@ -1,0 +1,202 @@
+"""The application: every dialect's routes over one service, keys, metrics and documentation."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from gyrfalcon import __version__
+from gyrfalcon.http import kaito, tgi
+from gyrfalcon.http.auth import ApiKeyMiddleware, routed_path
+from gyrfalcon.http.settings import HttpSettings
+from gyrfalcon.http.wire import json_response
+from gyrfalcon.service.interface import TextService
+from gyrfalcon.telemetry import METRICS_CONTENT_TYPE, Metrics
+
+DESCRIPTION = "Text generation over the APIs of Hugging Face text-generation-inference and KAITO."
+# The documentation page's script and style, from a package that carries them: it works without a network.
+DOCS_PACKAGE = "fastapi_offline"
+DOCS_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
+SHOWN_HEADERS = (
+    "x-compute-type",
+    "x-compute-time",
+    "x-compute-characters",
+    "x-total-time",
+    "x-validation-time",
+    "x-queue-time",
+    "x-inference-time",
+    "x-time-per-token",
+    "x-prompt-tokens",
+    "x-generated-tokens",
+    "x-model-id",
+)
+OPEN_PATHS = (
+    "/",
+    "/health",
+    "/healthz",
+    "/ping",
+    "/info",
+    "/metrics",
+    "/docs",
+    "/openapi.json",
+    "/api-doc/openapi.json",
+    *(f"/docs/{name}" for name in DOCS_FILES),
+)
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_app(
+    service: TextService, settings: HttpSettings, metrics: Metrics, *, lifespan: Lifespan | None = None
+) -> FastAPI:
+    """The ASGI application over a service that is ready. lifespan: what runs around its serving, if anything."""
+    app = FastAPI(
+        title="Gyrfalcon",
+        version=__version__,
+        description=DESCRIPTION,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    tgi.TgiDialect(service, settings).add_routes(app)
+    kaito.KaitoDialect(service, settings).add_routes(app)
+    _add_metrics(app, metrics)
+    _add_documentation(app, has_keys=bool(settings.api_keys))
+    _answer_head_requests(app)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    if settings.api_keys:
+        app.add_middleware(
+            ApiKeyMiddleware,
+            keys=settings.api_keys,
+            open_routes=[(method, path) for path in OPEN_PATHS for method in ("GET", "HEAD")],
+            kaito_paths=kaito.PATHS,
+        )
+    # Outermost: a browser's preflight request carries no key.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_allow_origins) or ["*"],
+        allow_methods=["GET", "POST"],
+        allow_headers=["content-type", "authorization"],
+        expose_headers=list(SHOWN_HEADERS),
+    )
+    return app
+
+
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    async def render_metrics() -> Response:
+        return Response(metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+    app.add_api_route(
+        "/metrics",
+        render_metrics,
+        methods=["GET"],
+        summary="Metrics in Prometheus' text format",
+        tags=["Operation"],
+        response_model=None,
+        responses={200: {"description": "The metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+
+
+def _add_documentation(app: FastAPI, *, has_keys: bool) -> None:
+    """The OpenAPI document under both of its names, and a page to read and try it."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _openapi(app, has_keys=has_keys)
+        return app.openapi_schema
+
+    async def openapi() -> Response:
+        return json_response(document())
+
+    async def docs(request: Request) -> Response:
+        root = request.scope.get("root_path", "").rstrip("/")
+        return get_swagger_ui_html(
+            openapi_url=f"{root}/openapi.json",
+            title="Gyrfalcon",
+            swagger_js_url=f"{root}/docs/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}/docs/swagger-ui.css",
+            swagger_favicon_url=f"{root}/docs/favicon.png",
+        )
+
+    app.openapi = document  # type: ignore[method-assign]
+    app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/api-doc/openapi.json", openapi, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False, response_model=None)
+    for name, path in _docs_files().items():
+        app.add_api_route(
+            f"/docs/{name}", _serve_file(path), methods=["GET"], include_in_schema=False, response_model=None
+        )
+
+
+def _openapi(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
+    )
+    # Bodies are read by hand, within limits; their types are therefore added by hand too.
+    bodies = [(model, "validation") for model in (*tgi.SCHEMAS, tgi.StreamResponse, *kaito.SCHEMAS)]
+    _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    components = document.setdefault("components", {})
+    components["schemas"] = components.get("schemas", {}) | definitions["$defs"]
+    if has_keys:
+        components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                if method != "get" or path not in OPEN_PATHS:
+                    operation["security"] = [{"ApiKey": []}]
+    return document
+
+
+def _docs_files() -> dict[str, Path]:
+    """Where the documentation page's files are."""
+    spec = importlib.util.find_spec(DOCS_PACKAGE)
+    locations: Iterable[str] = (spec.submodule_search_locations if spec else None) or ()
+    return {name: Path(location) / "static" / name for location in locations for name in DOCS_FILES}
+
+
+def _serve_file(path: Path) -> Callable[[], Any]:
+    async def serve() -> Response:
+        return FileResponse(path, headers={"Cache-Control": "max-age=3600"})
+
+    return serve
+
+
+def _answer_head_requests(app: FastAPI) -> None:
+    """HEAD wherever there is GET, with the same headers and no body."""
+    for route in list(app.routes):
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            app.add_api_route(
+                route.path, route.endpoint, methods=["HEAD"], include_in_schema=False, response_model=None
+            )
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """404 and 405, empty for TGI's clients and with a detail where KAITO's look."""
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    path = routed_path(request.scope)
+    if error.status_code == 405:
+        methods = {
+            method
+            for route in request.app.routes
+            if isinstance(route, Route) and route.path == path
+            for method in route.methods or ()
+        }
+        headers = {"Allow": ", ".join(sorted(methods))}
+    if path in kaito.PATHS:
+        return json_response({"detail": error.detail}, error.status_code, headers)
+    return Response(status_code=error.status_code, headers=headers)

@@ -1,0 +1,346 @@
+"""Weights from safetensors files, straight into the tensors that serve.
+
+The headers of all files are checked before any weight is read. Data is then read, not mapped, into its destination:
+mapped pages would count as memory in use until the file is closed, and a file that shrinks under a mapping ends the
+process with a signal where a read ends with an error. The format is defined at
+https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gyrfalcon.errors import ModelLoadError
+from gyrfalcon.models.config_file import ConfigFile
+from gyrfalcon.models.spec import ModelSpec, checkpoint_tensors, embedding_name
+
+_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+# Buffers that older exports saved beside the weights: constants that a model can compute.
+_IGNORED_SUFFIXES = (".inv_freq", ".attention.bias", ".attn.bias", ".masked_bias", ".position_ids")
+
+# Bytes read, and where needed converted, at a time: small beside any weight, large beside a read's overhead.
+_CHUNK_BYTES = 16 << 20
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor's bytes are."""
+
+    path: Path
+    name: str
+    dtype: str  # as the format spells it: "BF16"
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    num_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.num_bytes // self.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """`count` stored rows from `source` on become the rows from `destination` on."""
+
+    source: int
+    destination: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a checkpoint by their canonical names; all that the spec asks for, in the right shapes.
+
+    spare_head: the stored head of a tied model, which must equal the embedding.
+    """
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+    spare_head: StoredTensor | None
+
+
+def open_checkpoint(folder: Path, spec: ModelSpec) -> Checkpoint:
+    """Check every header in `folder` against each other and against `spec`, reading no weights.
+
+    Raises ModelLoadError naming the file, the tensor and what was expected.
+    """
+    source, stored = _read_headers(folder)
+    expected = checkpoint_tensors(spec)
+    named = _canonical_names(stored, expected)
+    head = named.pop("lm_head.weight", None) if spec.tied_head else None
+    if head is not None:
+        # Savers that drop one of two equal tensors do not always keep the embedding.
+        named.setdefault(embedding_name(spec), head)
+    extra = [name for name in named if name not in expected and not name.endswith(_IGNORED_SUFFIXES)]
+    missing = [name for name in expected if name not in named]
+    if missing:
+        raise ModelLoadError(
+            f"{source}: missing {_listed(missing)}; config.json asks for {_described(spec)}{_hint(extra)}"
+        )
+    if extra:
+        raise ModelLoadError(f"{source}: holds {_listed(extra)}; config.json asks for {_described(spec)}, without them")
+    for name, shape in expected.items():
+        _check_usable(named[name], shape)
+    return Checkpoint(folder, {name: named[name] for name in expected}, head)
+
+
+class WeightReader:
+    """Reads a checkpoint's tensors onto a device in one dtype, and reports how far it is."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.bytes_loaded = 0  # of the tensors made, not of the files
+        self._checkpoint = checkpoint
+        self._on_progress = on_progress
+        self._bytes_read = 0
+        self._bytes_to_read = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+
+    def holds(self, name: str) -> bool:
+        return name in self._checkpoint.tensors
+
+    def load(self, name: str, rows: Iterable[RowRun] | None = None) -> Tensor:
+        """A tensor, its rows in the order stored or in that of `rows`, which must cover each row once."""
+        stored = self._checkpoint.tensors[name]
+        destination = self._empty(stored.shape)
+        for run in rows or [RowRun(0, 0, stored.shape[0])]:
+            self._read(stored, run, destination)
+        return destination
+
+    def load_stacked(self, names: list[str]) -> Tensor:
+        """Several tensors of equal row shape as one, in the order of `names`."""
+        parts = [self._checkpoint.tensors[name] for name in names]
+        destination = self._empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+        start = 0
+        for part in parts:
+            self._read(part, RowRun(0, start, part.shape[0]), destination)
+            start += part.shape[0]
+        return destination
+
+    def check_equal(self, name: str, tensor: Tensor) -> None:
+        """Raise ModelLoadError unless the spare tensor `name`, if the checkpoint has one, equals `tensor`."""
+        spare = self._checkpoint.spare_head
+        if spare is None:
+            return
+        _check_usable(spare, tuple(tensor.shape))
+        for start, chunk in _converted_chunks(spare, RowRun(0, 0, spare.shape[0]), self.dtype):
+            rows = tensor[start : start + chunk.shape[0]]
+            if not torch.equal(chunk.to(self.device), rows):
+                raise ModelLoadError(
+                    f"{spare.path}: `{name}` differs from the embedding, which config.json says is also the head "
+                    "(`tie_word_embeddings`); correct one of them"
+                )
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.bytes_loaded += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _read(self, stored: StoredTensor, run: RowRun, destination: Tensor) -> None:
+        if self.device.type == "cpu" and _STORED_DTYPES[stored.dtype] == self.dtype:
+            rows = destination[run.destination : run.destination + run.count]
+            for num_bytes in _read_in_place(stored, run, rows):
+                self._advance(num_bytes)
+            return
+        for start, chunk in _converted_chunks(stored, run, self.dtype):
+            destination[start : start + chunk.shape[0]].copy_(chunk)
+            self._advance(chunk.shape[0] * stored.row_bytes)
+
+    def _advance(self, num_bytes: int) -> None:
+        self._bytes_read += num_bytes
+        if self._on_progress is not None:
+            self._on_progress(self._bytes_read, self._bytes_to_read)
+
+
+def _read_in_place(stored: StoredTensor, run: RowRun, rows: Tensor) -> Iterator[int]:
+    """Fill `rows`, contiguous and of the stored dtype, from the file; yields the bytes read, chunk by chunk."""
+    target = rows.view(-1).view(torch.uint8).numpy().data
+    offset = stored.offset + run.source * stored.row_bytes
+    for start in range(0, len(target), _CHUNK_BYTES):
+        chunk = target[start : start + _CHUNK_BYTES]
+        _read_exactly(stored, offset + start, chunk)
+        yield len(chunk)
+
+
+def _converted_chunks(stored: StoredTensor, run: RowRun, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """The rows of `run` in `dtype` on CPU, some at a time, each with its destination row. Chunks share their memory."""
+    rows_at_once = max(1, min(run.count, _CHUNK_BYTES // stored.row_bytes))
+    buffer = torch.empty(rows_at_once * stored.row_bytes, dtype=torch.uint8)
+    for start in range(0, run.count, rows_at_once):
+        count = min(rows_at_once, run.count - start)
+        raw = buffer[: count * stored.row_bytes]
+        _read_exactly(stored, stored.offset + (run.source + start) * stored.row_bytes, raw.numpy().data)
+        chunk = raw.view(_STORED_DTYPES[stored.dtype]).view(count, *stored.shape[1:])
+        yield run.destination + start, chunk.to(dtype)
+
+
+def _read_exactly(stored: StoredTensor, offset: int, target: memoryview) -> None:
+    try:
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < len(target):
+                count = file.readinto(target[done:])
+                if not count:
+                    raise ModelLoadError(
+                        f"{stored.path}: ended at byte {offset + done} while `{stored.name}` was read; the file "
+                        "changed after its header was checked"
+                    )
+                done += count
+    except OSError as error:
+        raise ModelLoadError(f"{stored.path}: cannot be read: {error.strerror}") from None
+
+
+def _read_headers(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
+    """All stored tensors of the folder, and the file that says which they are."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return single, read_header(single)
+    if index.exists():
+        return index, _read_sharded(index)
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise ModelLoadError(
+            f"{folder}: has only pickled weights ({_listed(pickled)}), which can run code when they are opened and are "
+            "refused; convert them where you trust them: load the folder with transformers' "
+            "AutoModelForCausalLM.from_pretrained and write it with save_pretrained, which makes safetensors"
+        )
+    raise ModelLoadError(f"{folder}: has neither {single.name} nor {index.name}")
+
+
+def _read_sharded(index: Path) -> dict[str, StoredTensor]:
+    section = ConfigFile.read(index).section("weight_map")
+    if section is None:
+        raise ModelLoadError(f"{index}: `weight_map` is missing; expected an object of tensor names and shard files")
+    shard_of = dict(section.strings())
+    shards = sorted(set(shard_of.values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ModelLoadError(f"{index}: `{shard}` is not a plain file name; shards lie beside their index")
+    absent = [shard for shard in shards if not (index.parent / shard).exists()]
+    if absent:
+        raise ModelLoadError(
+            f"{index}: {len(absent)} of {len(shards)} shards are missing: {_listed(absent)}; the download is incomplete"
+        )
+    stored: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for name, tensor in read_header(index.parent / shard).items():
+            if name in stored:
+                raise ModelLoadError(f"{tensor.path}: `{name}` is also in {stored[name].path.name}; expected it once")
+            stored[name] = tensor
+    for name, shard in shard_of.items():
+        if name not in stored or stored[name].path.name != shard:
+            raise ModelLoadError(f"{index.parent / shard}: `{name}` is not in it, though {index.name} says so")
+    return stored
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file; its size and every offset checked, its data untouched.
+
+    Raises ModelLoadError for a file that is truncated, too long, or not a safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            start = file.read(8)
+            if start == b"version ":
+                raise ModelLoadError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+            header_bytes = int.from_bytes(start, "little")
+            if len(start) < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+                raise ModelLoadError(
+                    f"{path}: is {size} bytes long, and its header alone would be {header_bytes}; it is truncated or "
+                    "not a safetensors file"
+                )
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(text)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        data_start = 8 + header_bytes
+        tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelLoadError(f"{path}: its header of {header_bytes} bytes is corrupt") from None
+    _check_coverage(path, tensors.values(), data_start, size)
+    return tensors
+
+
+def _parse_entry(path: Path, name: str, entry: dict[str, object], data_start: int) -> StoredTensor:
+    """Raises ValueError, KeyError or TypeError for anything that is not a tensor's entry."""
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise TypeError
+    begin, end = offsets
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)) or end < begin:
+        raise ValueError
+    if dtype in _STORED_DTYPES and end - begin != math.prod(shape) * _STORED_DTYPES[dtype].itemsize:
+        raise ModelLoadError(
+            f"{path}: `{name}` takes {end - begin} bytes; its shape {shape} in {dtype} needs "
+            f"{math.prod(shape) * _STORED_DTYPES[dtype].itemsize}"
+        )
+    return StoredTensor(path, name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _check_coverage(path: Path, tensors: Iterable[StoredTensor], data_start: int, size: int) -> None:
+    """The tensors' bytes must fill the file from the header to its end, without gap or overlap."""
+    position = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != position:
+            relation = "overlaps the tensor before it" if tensor.offset < position else "leaves a gap before it"
+            raise ModelLoadError(
+                f"{path}: `{tensor.name}` starts at byte {tensor.offset}, expected {position}: it {relation}"
+            )
+        position += tensor.num_bytes
+    if size != position:
+        state = "is truncated or its download did not finish" if size < position else "has bytes after its tensors"
+        raise ModelLoadError(f"{path}: is {size} bytes long, expected {position}: it {state}")
+
+
+def _check_usable(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise ModelLoadError(
+            f"{stored.path}: `{stored.name}` has shape {list(stored.shape)}, expected {list(shape)} from config.json"
+        )
+    if stored.dtype not in _STORED_DTYPES:
+        raise ModelLoadError(
+            f"{stored.path}: `{stored.name}` is stored as {stored.dtype}, expected {', '.join(_STORED_DTYPES)}"
+        )
+
+
+def _canonical_names(stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
+    """Stored tensors under the names of `expected`: some exports leave out the leading `transformer.` or `model.`."""
+    canonical = {name.partition(".")[2]: name for name in expected if name != "lm_head.weight"}
+    return {name if name in expected else canonical.get(name, name): tensor for name, tensor in stored.items()}
+
+
+def _described(spec: ModelSpec) -> str:
+    head = "tied" if spec.tied_head else "its own"
+    return (
+        f"a {spec.family} model of {spec.num_layers} layers ({spec.block_form.replace('_', ' ')} blocks, "
+        f"{spec.num_heads} heads on {spec.num_kv_heads} kv heads, head {head})"
+    )
+
+
+def _hint(extra: list[str]) -> str:
+    return f", and the files hold {_listed(extra)} instead" if extra else ""
+
+
+def _listed(names: list[str], limit: int = 3) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
