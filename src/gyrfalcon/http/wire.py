@@ -229,7 +229,7 @@ class EventStream(Response):
                 # Not waited for: a comment that gets stuck counts as a stuck write on the next round.
                 await asyncio.wait({asyncio.ensure_future(self._ping(send))}, timeout=self._stall_s)
             else:
-                await asyncio.sleep(self._ping_s - silence)
+                await asyncio.sleep(min(self._ping_s - silence, self._stall_s))
 
     async def _ping(self, send: Send) -> None:
         await self._write(send, {"type": "http.response.body", "body": PING, "more_body": True})

@@ -163,8 +163,7 @@ def write_checkpoint(
 
     described = FORMS[form]
     tokenizer = _train_tokenizer()
-    config_class = getattr(transformers, described.config_class)
-    config = config_class(
+    config = getattr(transformers, described.config_class)(
         **{
             "vocab_size": VOCAB_SIZE,
             "num_hidden_layers": 2,
@@ -179,7 +178,8 @@ def write_checkpoint(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        auto_model: Any = transformers.AutoModelForCausalLM
+        model = auto_model.from_config(config)
         _disturb_vectors(model)
         if trained:
             _train(model, _training_ids(tokenizer))
@@ -231,7 +231,7 @@ def _train(model: Any, ids: torch.Tensor) -> None:
 
 
 def _training_ids(tokenizer: Any) -> torch.Tensor:
-    """The sentences over and over, in an order that never ends in the middle of one."""
+    """The sentences over and over, always in the same order: what comes next is certain after a few tokens."""
     text = " ".join(_SENTENCES)
     return torch.tensor(tokenizer.encode(" ".join([text] * 8)).ids)
 

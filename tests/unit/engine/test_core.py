@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gyrfalcon.engine.core import CoreLimits, EngineCore, StepOutcome
-from gyrfalcon.engine.interface import EngineRequest, FinishReason, PromptEvent, SamplingParams, TokenEvent
+from gyrfalcon.engine.core import CoreLimits, EngineCore
+from gyrfalcon.engine.interface import EngineRequest, FinishReason, SamplingParams
 from gyrfalcon.errors import OutOfCache
 from gyrfalcon.runner.interface import StepPlan
+from gyrfalcon.testing.collector import Collector
 from gyrfalcon.testing.executor import FakeExecutor, fake_continuation
 
 SAMPLED = SamplingParams(do_sample=True, seed=11)
@@ -29,54 +30,6 @@ def expected(wanted: EngineRequest) -> list[list[int]]:
         ends = [index for index, token in enumerate(tokens) if token in wanted.stop_token_ids]
         choices.append(tokens[: ends[0] + 1] if ends else tokens)
     return choices
-
-
-class Collector:
-    """Runs a core and keeps what each request was told."""
-
-    def __init__(self, core: EngineCore) -> None:
-        self.core = core
-        self.tokens: dict[str, list[list[int]]] = {}
-        self.reasons: dict[str, dict[int, FinishReason]] = {}
-        self.prompts: dict[str, PromptEvent] = {}
-        self.finished: list[str] = []
-        self.failures: dict[str, str] = {}
-
-    def submit(self, wanted: EngineRequest) -> None:
-        outcome = StepOutcome()
-        self.tokens[wanted.request_id] = [[] for _ in range(wanted.num_choices)]
-        self.reasons[wanted.request_id] = {}
-        self.core.submit(wanted, outcome)
-        self.failures.update(outcome.failures)
-
-    def end_choice(self, request_id: str, choice: int) -> None:
-        outcome = StepOutcome()
-        self.core.end_choice(request_id, choice, outcome)
-        self.finished += outcome.finished
-
-    def step(self) -> None:
-        outcome = StepOutcome()
-        self.core.step(outcome)
-        for request_id, events in outcome.events.items():
-            for event in events:
-                if isinstance(event, PromptEvent):
-                    assert request_id not in self.prompts
-                    self.prompts[request_id] = event
-                elif isinstance(event, TokenEvent):
-                    assert request_id in self.prompts
-                    assert event.choice not in self.reasons[request_id]
-                    self.tokens[request_id][event.choice].append(event.token_id)
-                    if event.finish_reason is not None:
-                        self.reasons[request_id][event.choice] = event.finish_reason
-        self.finished += outcome.finished
-        self.failures.update(outcome.failures)
-
-    def run(self, most_steps: int = 2000) -> None:
-        for _ in range(most_steps):
-            if not self.core.has_work:
-                return
-            self.step()
-        raise AssertionError("the engine did not come to rest")
 
 
 def make_core(executor: FakeExecutor | None = None, **limits: int | bool) -> EngineCore:
