@@ -20,10 +20,12 @@ from torch import Tensor
 
 from gyrfalcon.kernels.interface import AttentionInputs, LayerCache
 
-# With fewer rows the CPU library picks other routines for a float32 product (a matrix times one vector, say), which
-# add in another order. From 16 rows on each row has the same bits whatever the number of rows: checked for inner and
-# output widths up to 4096 by tests/kernels/test_reference.py.
+# With fewer rows the CPU library picks other routines for a float32 product (a matrix times one vector, say), and over
+# a longer inner dimension it may share one sum between threads; both add in an order that depends on the number of
+# rows. Within these two bounds every row had the same bits for any number of rows, with 1 to 8 threads, in all widths
+# tried; tests/kernels/test_reference.py holds some of them to that.
 MIN_PRODUCT_ROWS = 16
+MAX_INNER_WIDTH = 512
 
 # Key positions summed together. The cut is at absolute positions, so that a token meets the same partitions whether
 # its keys were written by one chunk or by ten. 256 keeps one tile's scores in the second-level cache.
@@ -101,12 +103,17 @@ class ReferenceOps:
         return F.embedding(ids_T, table_VD)
 
     def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        num_rows = x_TI.shape[0]
         # Only float32 on CPU promises equal bits in any batch; in 16 bits one row must not cost sixteen.
-        if num_rows < MIN_PRODUCT_ROWS and x_TI.dtype == torch.float32 and x_TI.device.type == "cpu":
-            padded = F.pad(x_TI, (0, 0, 0, MIN_PRODUCT_ROWS - num_rows))
-            return F.linear(padded, weight_OI, bias_O)[:num_rows]
-        return F.linear(x_TI, weight_OI, bias_O)
+        if x_TI.dtype != torch.float32 or x_TI.device.type != "cpu":
+            return F.linear(x_TI, weight_OI, bias_O)
+        num_rows, width = x_TI.shape
+        if num_rows < MIN_PRODUCT_ROWS:
+            x_TI = F.pad(x_TI, (0, 0, 0, MIN_PRODUCT_ROWS - num_rows))
+        out_TO = F.linear(x_TI[:, :MAX_INNER_WIDTH], weight_OI[:, :MAX_INNER_WIDTH], bias_O)
+        for start in range(MAX_INNER_WIDTH, width, MAX_INNER_WIDTH):
+            part = slice(start, start + MAX_INNER_WIDTH)
+            out_TO.addmm_(x_TI[:, part], weight_OI[:, part].t())
+        return out_TO[:num_rows]
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, epsilon: float) -> Tensor:
         return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, epsilon)

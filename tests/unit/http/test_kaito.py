@@ -82,7 +82,7 @@ class TestResult:
             ("do n't", "don't"),
             ("I 'm he 's we 've you 're", "I'm he's we've you're"),
             ("a : b ; c ) d", "a : b ; c ) d"),
-            (" n ' t", " n't"),
+            (" n ' t", "n't"),
         ],
     )
     def test_what_cleaning_up_means(self, spaced: str, clean: str) -> None:
