@@ -10,7 +10,15 @@ from functools import partial
 import pytest
 
 from gyrfalcon.engine.core import CoreLimits, EngineCore
-from gyrfalcon.engine.interface import Engine, EngineRequest, FinishReason, PromptEvent, SamplingParams, TokenEvent
+from gyrfalcon.engine.interface import (
+    Engine,
+    EngineRequest,
+    FinishReason,
+    PromptEvent,
+    SamplingParams,
+    StepReading,
+    TokenEvent,
+)
 from gyrfalcon.engine.local import LocalEngine
 from gyrfalcon.engine.process import ProcessEngine
 from gyrfalcon.errors import EngineDead, GenerationFailed
@@ -115,6 +123,24 @@ async def test_ending_every_choice_ends_the_stream(engine: Engine) -> None:
         async for _ in engine.generate(wanted("a", 3900)):
             engine.end_choice("a", 0)
     await at_rest(engine)
+
+
+async def test_every_step_is_told_to_whoever_watches() -> None:
+    readings: list[StepReading] = []
+    for engine in (
+        LocalEngine(build_core(lambda done, total: None), on_step=readings.append),
+        await ProcessEngine.start(build_core, on_step=readings.append),
+    ):
+        await collect(engine, wanted("a", 4))
+        await engine.close()
+    for own in (readings[:4], readings[4:]):
+        assert [(step.num_prefill_tokens, step.num_decode_rows, step.num_admitted) for step in own] == [
+            (3, 0, 1),
+            (0, 1, 0),
+            (0, 1, 0),
+            (0, 1, 0),
+        ]
+        assert all(step.has_succeeded and step.schedule_s > 0 and step.commit_s > 0 for step in own)
 
 
 async def test_health_facts_and_close(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gyrfalcon.engine.block_pool import BlockPool
 from gyrfalcon.engine.branching import Draw, settle
-from gyrfalcon.engine.interface import EngineEvent, EngineFacts, EngineRequest, EngineStats, PromptEvent
+from gyrfalcon.engine.interface import EngineEvent, EngineFacts, EngineRequest, EngineStats, PromptEvent, StepReading
 from gyrfalcon.engine.plan import gather_plan
 from gyrfalcon.engine.scheduler import ScheduledRow, Scheduler
 from gyrfalcon.engine.sequence import SequenceGroup
@@ -38,6 +38,7 @@ class StepOutcome:
     events: dict[str, list[EngineEvent]] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)  # no choice has anything more to come
     failures: dict[str, str] = field(default_factory=dict)
+    step: StepReading | None = None
 
     def add(self, request_id: str, event: EngineEvent) -> None:
         self.events.setdefault(request_id, []).append(event)
@@ -118,13 +119,24 @@ class EngineCore:
         started_s = self._clock()
         rows = self._scheduler.schedule()
         if rows:
-            for row in rows:
-                if row.group.started_s is None:
-                    row.group.started_s = started_s
+            num_admitted = _mark_started(rows, started_s)
+            num_decode_rows = sum(row.is_decoding for row in rows)
             plan = gather_plan(rows)
+            planned_s = self._clock()
             result = self._execute(plan, rows, outcome)
+            executed_s = self._clock()
             if result is not None:
                 self._commit(plan, rows, result, outcome)
+            outcome.step = StepReading(
+                num_prefill_tokens=len(plan.token_ids_T) - num_decode_rows,
+                num_decode_rows=num_decode_rows,
+                num_admitted=num_admitted,
+                has_succeeded=result is not None,
+                schedule_s=planned_s - started_s,
+                forward_s=executed_s - planned_s if result is None else result.forward_s,
+                sample_s=0.0 if result is None else result.sample_s,
+                commit_s=self._clock() - executed_s,
+            )
         self._num_steps += 1
         self._last_step_s = self._clock() - started_s
 
@@ -132,6 +144,7 @@ class EngineCore:
         return EngineStats(
             num_waiting=self._scheduler.num_waiting,
             num_running=self._scheduler.num_running,
+            num_promised_tokens=self._scheduler.num_promised_tokens,
             cache_usage=self._pool.usage,
             num_steps=self._num_steps,
             num_preemptions=self._scheduler.num_preemptions,
@@ -163,7 +176,7 @@ class EngineCore:
             if group.request.request_id not in self._groups:
                 continue  # failed a moment ago, by another of its rows
             reaches_end = row.reaches_end
-            self._prefill_tokens += row.num_query_tokens - reaches_end
+            self._prefill_tokens += 0 if row.is_decoding else row.num_query_tokens
             self._scheduler.mark_computed(row)
             if not reaches_end:
                 continue
@@ -206,6 +219,14 @@ class EngineCore:
         if self._groups.pop(request_id, None) is not None:
             self._scheduler.remove(group)
             outcome.failures[request_id] = message
+
+
+def _mark_started(rows: list[ScheduledRow], now_s: float) -> int:
+    """Note when groups run for the first time; the number of those that do."""
+    fresh = {id(row.group): row.group for row in rows if row.group.started_s is None}
+    for group in fresh.values():
+        group.started_s = now_s
+    return len(fresh)
 
 
 def _draws_by_row(plan: StepPlan, rows: list[ScheduledRow], result: StepResult) -> dict[int, list[Draw]]:

@@ -113,11 +113,25 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     device: str  # "cpu", "cuda"
 
 
+class StepReading(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step did and how long its parts took, in seconds; parts that did not happen are 0."""
+
+    num_prefill_tokens: int  # prompt tokens, and tokens computed again after preemption
+    num_decode_rows: int  # rows that only added their newest token
+    num_admitted: int  # requests that ran for the first time
+    has_succeeded: bool
+    schedule_s: float  # choosing rows and blocks, gathering the plan
+    forward_s: float  # the model
+    sample_s: float  # logits, processors and choice
+    commit_s: float  # appending, forking, freeing, reporting
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A reading of the engine's gauges and running totals."""
 
     num_waiting: int = 0  # requests that hold no cache
     num_running: int = 0  # sequences in the batch
+    num_promised_tokens: int = 0  # tokens the running sequences may come to hold
     cache_usage: float = 0.0  # 0..1, of the blocks
     num_steps: int = 0
     num_preemptions: int = 0

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 from gyrfalcon.engine.core import EngineCore
@@ -17,6 +17,7 @@ from gyrfalcon.engine.interface import (
     EngineRequest,
     EngineState,
     EngineStats,
+    StepReading,
 )
 from gyrfalcon.engine.loop import run_loop
 from gyrfalcon.engine.messages import Command, EndChoice, Report, Stop
@@ -29,8 +30,10 @@ logger = logging.getLogger(__name__)
 class LocalEngine:
     """Engine over a core that runs in a thread of this process. Must be made inside a running event loop."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, *, on_step: Callable[[StepReading], None] = lambda reading: None) -> None:
+        """on_step: told of every step, in the event loop; must be quick."""
         self._core = core
+        self._on_step = on_step
         self._loop = asyncio.get_running_loop()
         self._router = EventRouter()
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -82,6 +85,8 @@ class LocalEngine:
     def _deliver(self, report: Report) -> None:
         self._stats = report.stats
         self._router.deliver(report)
+        if report.step is not None:
+            self._on_step(report.step)
 
     def _die(self, detail: str) -> None:
         self._dead = self._dead or detail

@@ -17,7 +17,7 @@ def run_loop(core: EngineCore, inbox: queue.SimpleQueue[Command], report: Callab
             return
         if core.has_work:
             core.step(outcome)
-        report(Report(outcome.events, outcome.finished, outcome.failures, core.stats()))
+        report(Report(outcome.events, outcome.finished, outcome.failures, core.stats(), outcome.step))
 
 
 def _take_commands(core: EngineCore, inbox: queue.SimpleQueue[Command], outcome: StepOutcome) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from gyrfalcon.engine.interface import EngineEvent, EngineFacts, EngineRequest, EngineStats
+from gyrfalcon.engine.interface import EngineEvent, EngineFacts, EngineRequest, EngineStats, StepReading
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -59,6 +59,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     finished: list[str]
     failures: dict[str, str]
     stats: EngineStats
+    step: StepReading | None = None  # None when there was nothing to compute
 
 
 Notice = Loading | Ready | StartFailed | Report

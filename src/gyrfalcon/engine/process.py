@@ -34,6 +34,7 @@ from gyrfalcon.engine.interface import (
     EngineRequest,
     EngineState,
     EngineStats,
+    StepReading,
 )
 from gyrfalcon.engine.loop import run_loop
 from gyrfalcon.engine.messages import Command, EndChoice, Loading, Notice, Ready, Report, StartFailed, Stop
@@ -59,10 +60,15 @@ class ProcessEngine:
     """Engine whose core lives in a supervised child process. Use `await ProcessEngine.start(...)`."""
 
     def __init__(
-        self, build_core: BuildCore, on_progress: Callable[[int, int], None], on_give_up: Callable[[], None]
+        self,
+        build_core: BuildCore,
+        on_progress: Callable[[int, int], None],
+        on_step: Callable[[StepReading], None],
+        on_give_up: Callable[[], None],
     ) -> None:
         self._build_core = build_core
         self._on_progress = on_progress
+        self._on_step = on_step
         self._on_give_up = on_give_up
         self._router = EventRouter()
         self._state = EngineState.STARTING
@@ -82,14 +88,16 @@ class ProcessEngine:
         build_core: BuildCore,
         *,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_step: Callable[[StepReading], None] = lambda reading: None,
         on_give_up: Callable[[], None] = lambda: None,
     ) -> ProcessEngine:
         """Start the child and wait until its model is loaded.
 
-        on_give_up is called once when the child has died so often that it is not started again. Raises
-        ModelLoadError with the child's own message when it cannot start.
+        on_step is told of every step, in the event loop, and must be quick. on_give_up is called once when the child
+        has died so often that it is not started again. Raises ModelLoadError with the child's own message when it
+        cannot start.
         """
-        engine = cls(build_core, on_progress, on_give_up)
+        engine = cls(build_core, on_progress, on_step, on_give_up)
         reader = await engine._spawn()
         try:
             await engine._await_ready(reader)
@@ -183,6 +191,8 @@ class ProcessEngine:
                 if isinstance(notice, Report):
                     self._stats = notice.stats
                     self._router.deliver(notice)
+                    if notice.step is not None:
+                        self._on_step(notice.step)
             self._mark_dead(f"the engine process ended{await self._how_it_ended()}")
             logger.error(self._detail)
             restarted = await self._restart()

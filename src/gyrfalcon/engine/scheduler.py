@@ -29,6 +29,11 @@ class ScheduledRow:
         """Whether the row computes its last known token, so that the next one can be drawn."""
         return self.num_query_tokens == self.sequence.num_pending_tokens
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the row only computes the token drawn last."""
+        return self.sequence.num_pending_tokens == 1 and self.group.num_generated(self.sequence) > 0
+
 
 class Scheduler:
     """Owns the waiting and running groups and every change to their sequences and blocks."""
@@ -84,6 +89,13 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return sum(len(group.sequences) for group in self._running)
+
+    @property
+    def num_promised_tokens(self) -> int:
+        """Tokens the running sequences hold at their longest."""
+        return sum(
+            group.num_live_choices * (group.num_prompt_tokens + group.request.max_new_tokens) for group in self._running
+        )
 
     # The step
 

@@ -68,6 +68,8 @@ class StepResult:
     top_logprobs: Floats
     top_starts: Longs  # [S + 1]
     scored_logprobs: Floats  # parallel to the plan's `scored_ids`; NaN where the id was -1
+    forward_s: float = 0.0  # seconds in the model
+    sample_s: float = 0.0  # seconds from hidden states to chosen tokens and scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,11 +53,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
+        started_s = time.perf_counter()
         batch = make_batch(plan, self.facts.block_size, self._device)
         self._copy_blocks(batch)
         hidden_TD = self._model.forward(batch.ids_T, batch.positions_T, batch.attention, self._caches)
-        chosen = self._choose(plan, batch, hidden_TD)
-        return _as_result(chosen, self._score_prompts(plan, batch, hidden_TD))
+        forward_end_s = time.perf_counter()
+        result = _as_result(self._choose(plan, batch, hidden_TD), self._score_prompts(plan, batch, hidden_TD))
+        return dataclasses.replace(
+            result, forward_s=forward_end_s - started_s, sample_s=time.perf_counter() - forward_end_s
+        )
 
     def close(self) -> None:
         self._caches = []
