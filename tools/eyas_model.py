@@ -86,20 +86,28 @@ class Block(nn.Module):
         return x_BTD + self.dropout(self.mlp(normal) + self.self_attention(normal, cos_TE, sin_TE))
 
 
+class Trunk(nn.Module):
+    """Everything below the head; the names are those of the checkpoint's tensors."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        """Make embedding, blocks and final norm."""
+        super().__init__()
+        self.word_embeddings = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
+        self.ln_f = nn.LayerNorm(shape.hidden, eps=shape.epsilon)
+
+
 class Eyas(nn.Module):
     """The whole model; the head is the embedding."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         """Initialise the weights from torch's global generator."""
         super().__init__()
         self.shape = shape
-        self.transformer = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(shape.vocabulary, shape.hidden),
-                "h": nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers)),
-                "ln_f": nn.LayerNorm(shape.hidden, eps=shape.epsilon),
-            }
-        )
+        self.transformer = Trunk(shape, dropout)
         self.dropout = nn.Dropout(dropout)
         cos, sin = rotary_tables(shape)
         self.register_buffer("cos", cos, persistent=False)
@@ -113,10 +121,10 @@ class Eyas(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of rows that all start at position 0."""
         T = ids_BT.shape[1]
-        x_BTD = self.dropout(self.transformer["word_embeddings"](ids_BT))
-        for block in self.transformer["h"]:
+        x_BTD = self.dropout(self.transformer.word_embeddings(ids_BT))
+        for block in self.transformer.h:
             x_BTD = block(x_BTD, self.cos[:T], self.sin[:T])
-        return functional.linear(self.transformer["ln_f"](x_BTD), self.transformer["word_embeddings"].weight)
+        return functional.linear(self.transformer.ln_f(x_BTD), self.transformer.word_embeddings.weight)
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:

@@ -228,7 +228,7 @@ def training_loss(model: Eyas, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
 def make_optimizers(model: Eyas, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and ".h." in name]
-    embedding = [model.transformer["word_embeddings"].weight]
+    embedding = [model.transformer.word_embeddings.weight]
     norms = [weight for weight in model.parameters() if weight.ndim == 1]
     groups = [
         {"params": embedding, "peak": recipe.embedding_rate, "weight_decay": recipe.weight_decay},

@@ -257,8 +257,8 @@ class Settings:
     def __post_init__(self) -> None:
         for option in OPTIONS:
             value = getattr(self, option.name)
-            if _read(option, value, "given") != value:  # readable, but of another type or spelling: "8080" for 8080
-                raise SettingsError(option.flag, f"{_shown(option, value)} (given) is not {option.kind.allowed}")
+            if option.read(value, "given") != value:  # readable, but of another type or spelling: "8080" for 8080
+                raise SettingsError(option.flag, f"{option.quote(value, 'given')} is not {option.kind.allowed}")
         _check_relations(self)
 
     def shown(self) -> dict[str, object]:
@@ -321,7 +321,7 @@ def resolve(
         found = _in_flags(option, flags) or _in_environment(option, environ) or _in_document(option, document, path)
         if found is not None:
             raw, origin = found
-            values[option.name] = _read(option, raw, origin)
+            values[option.name] = option.read(raw, origin)
     return Settings(**values)
 
 
@@ -396,26 +396,19 @@ def _in_environment(option: Option, environ: Mapping[str, str]) -> tuple[object,
         # An empty variable counts as unset, but an empty secret is a lost one: serving without it would be worse.
         if raw is None or (not raw and not option.secret):
             continue
-        if name in _NOT_MEANT_FOR_US and _NOT_MEANT_FOR_US[name](raw):
+        if is_platforms_own(name, raw):
             continue
         return raw, f"environment variable {name}"
     return None
 
 
+def is_platforms_own(variable: str, text: str) -> bool:
+    """Whether a variable that we read holds what a platform has put there for an end of its own."""
+    return variable in _NOT_MEANT_FOR_US and _NOT_MEANT_FOR_US[variable](text)
+
+
 def _in_document(option: Option, document: Mapping[str, object], path: Path | None) -> tuple[object, str] | None:
     return (document[option.name], f"`{path}`") if option.name in document else None
-
-
-def _read(option: Option, raw: object, origin: str) -> object:
-    try:
-        return option.kind.read(raw)
-    except (ValueError, OverflowError):
-        raise SettingsError(option.flag, f"{_shown(option, raw)} ({origin}) is not {option.kind.allowed}") from None
-
-
-def _shown(option: Option, raw: object) -> str:
-    text = str(raw) if str(raw).isprintable() else ascii(raw)  # a message is one line
-    return "the hidden value" if option.secret else f"`{text}`"
 
 
 def _check_relations(settings: Settings) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gyrfalcon.errors import SettingsError
+
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 _BYTES_PER_UNIT = {"": 1, **{unit: 1000**power for power, unit in enumerate(("k", "m", "g", "t"), start=1)}}
@@ -43,9 +45,9 @@ class Kind:
 class Option:
     """One field of the settings and its spelling in every source.
 
-    name: the field's, and the TOML key. flags: the first is the one messages name. variables: in order of
-    precedence. group: heading in --help. secret: the value is never shown. positional: the metavar of the
-    argument that can give the value too.
+    name: the field's, and the TOML key. flags: the first is the one messages name; none where only variables can
+    give the value. variables: in order of precedence. group: heading in --help. secret: the value is never shown.
+    positional: the metavar of the argument that can give the value too.
     """
 
     name: str
@@ -61,6 +63,27 @@ class Option:
     @property
     def flag(self) -> str:
         return self.flags[0]
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.flags[0] if self.flags else self.variables[0]
+
+    def read(self, raw: object, origin: str) -> object:
+        """The value that `raw` spells. Raises SettingsError that names the option, the value and its origin."""
+        try:
+            return self.kind.read(raw)
+        except (ValueError, OverflowError):
+            raise SettingsError(self.label, f"{self.quote(raw, origin)} is not {self.kind.allowed}") from None
+
+    def quote(self, raw: object, origin: str) -> str:
+        """The value and where it came from, on one line, for a message; a secret stays out of sight."""
+        text = ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw)
+        if isinstance(raw, bool):
+            text = text.lower()
+        if not text.isprintable():
+            text = ascii(text)
+        return f"{'the hidden value' if self.secret else f'`{text}`'} ({origin})"
 
 
 def text() -> Kind:
@@ -158,16 +181,19 @@ def size() -> Kind:
     return Kind(read, "a size in bytes such as 2GiB or 500MB", "SIZE")
 
 
-def listing() -> Kind:
-    """Several texts: a repeated flag, a TOML array, or one text with commas between them."""
+def listing(item: Kind | None = None) -> Kind:
+    """Several values, texts if not said: a repeated flag, a TOML array, or one text with commas between them."""
+    read_item = _read_text if item is None else item.read
 
-    def read(raw: object) -> tuple[str, ...]:
+    def read(raw: object) -> tuple[object, ...]:
         parts = [raw] if isinstance(raw, str) else raw
         if not isinstance(parts, (list, tuple)):
             raise ValueError
-        return tuple(_read_text(item) for part in parts for item in _read_text(part).split(","))
+        return tuple(read_item(piece) for part in parts for piece in _read_text(part).split(","))
 
-    return Kind(read, "a list of texts, none of them empty", "TEXT", is_list=True)
+    if item is None:
+        return Kind(read, "a list of texts, none of them empty", "TEXT", is_list=True)
+    return Kind(read, f"a list in which each is {item.allowed}", item.metavar, is_list=True)
 
 
 def optional(kind: Kind, *words: str) -> Kind:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,14 @@ NUM_LENGTH_BUCKETS = 100
 LARGEST_SLICE_TOKENS = 1024
 
 logger = logging.getLogger(__name__)
+
+_process_mark = secrets.token_hex(4)
+_request_numbers = itertools.count(1)
+
+
+def new_request_id() -> str:
+    """An id that no other request of this process has, and hardly any of another."""
+    return f"{_process_mark}-{next(_request_numbers)}"
 
 
 def setup_logging(json_output: bool, level: str = "info") -> None:
@@ -53,10 +63,12 @@ def setup_logging(json_output: bool, level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # uvicorn brings handlers of its own; its lines take the same road as ours.
+    # uvicorn brings handlers and levels of its own; its lines take the same road as ours.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
+        theirs = logging.getLogger(name)
+        theirs.handlers.clear()
+        theirs.setLevel(logging.NOTSET)
+        theirs.propagate = True
 
 
 def _clean(

@@ -22,16 +22,7 @@ _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
 
 def doctor(settings: Settings) -> None:
     """Say what this machine has, what `serve` would do with the same options, and what is in the way."""
-    memory = psutil.virtual_memory()
-    rows = [
-        ("gyrfalcon", f"{__version__}, Python {platform.python_version()} on {platform.platform(terse=True)}"),
-        *((name, _version(name)) for name in ("torch", "tokenizers", "safetensors", "transformers")),
-        ("cpu", f"{psutil.cpu_count(logical=False)} cores, {' '.join(_cpu_features()) or 'no known vector units'}"),
-        ("gpu", _gpu()),
-        ("memory", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"),
-        ("cache", _cache(settings)),
-    ]
-    for name, text in rows:
+    for name, text in machine_facts(settings):
         print(f"{name:<13} {text}")
 
     problems = []
@@ -48,6 +39,19 @@ def doctor(settings: Settings) -> None:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         sys.exit(1)
+
+
+def machine_facts(settings: Settings) -> list[tuple[str, str]]:
+    """Versions, processors, memory and cache, each with its name."""
+    memory = psutil.virtual_memory()
+    return [
+        ("gyrfalcon", f"{__version__}, Python {platform.python_version()} on {platform.platform(terse=True)}"),
+        *((name, _version(name)) for name in ("torch", "tokenizers", "safetensors", "transformers")),
+        ("cpu", f"{psutil.cpu_count(logical=False)} cores, {' '.join(_cpu_features()) or 'no known vector units'}"),
+        ("gpu", _gpu()),
+        ("memory", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"),
+        ("cache", _cache(settings)),
+    ]
 
 
 def _version(package: str) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gyrfalcon import __version__
 from gyrfalcon.config import CONFIG_VARIABLE, REFUSED, resolve
 from gyrfalcon.errors import SettingsError
 from gyrfalcon.options import Option
@@ -31,7 +32,7 @@ def command_with_settings(
     parameters = [
         *(_argument(option) for option in arguments),
         *own,
-        *(_flag(option) for option in declared),
+        *(flag_parameter(option) for option in declared),
         _config_flag(),
         *(_refused_flag(name) for name in REFUSED),
     ]
@@ -51,6 +52,13 @@ def command_with_settings(
     return command
 
 
+def print_version(wanted: bool) -> None:
+    """Callback of a --version flag: print it and end."""
+    if wanted:
+        print(f"gyrfalcon {__version__}")
+        raise typer.Exit
+
+
 def _merge(option: Option, argument: str | None, flags: dict[str, Any]) -> None:
     given = flags[option.name]
     if argument is not None and given is not None and argument != given:
@@ -67,10 +75,14 @@ def _argument(option: Option) -> inspect.Parameter:
     return _parameter(_argument_name(option), Annotated[str | None, info])
 
 
-def _flag(option: Option) -> inspect.Parameter:
+def flag_parameter(option: Option, *, has_opposite: bool = True) -> inspect.Parameter:
+    """The parameter of a command that takes the option's value as it is typed.
+
+    has_opposite: a switch has a `--no-` form beside it.
+    """
     common: dict[str, Any] = {"help": _help(option), "rich_help_panel": option.group, "show_default": False}
     if option.kind.is_switch:
-        spelling = f"{option.flag}/--no-{option.flag.removeprefix('--')}"
+        spelling = f"{option.flag}/--no-{option.flag.removeprefix('--')}" if has_opposite else option.flag
         return _parameter(option.name, Annotated[bool | None, typer.Option(spelling, *option.flags[1:], **common)])
     info = typer.Option(*option.flags, metavar=option.kind.metavar, **common)
     return _parameter(option.name, Annotated[(list[str] if option.kind.is_list else str) | None, info])
@@ -82,8 +94,9 @@ def _help(option: Option) -> str:
         default = option.default
         notes.append(f"default {default:g}" if isinstance(default, float) else f"default {str(default).lower()}")
     # GYRFALCON_<NAME> exists for every option and is told once; other names are told where they are.
-    if len(option.variables) > 1:
-        notes.append(f"variable {' or '.join(option.variables[1:])}")
+    foreign = [name for name in option.variables if not name.startswith("GYRFALCON_")]
+    if foreign:
+        notes.append(f"variable {' or '.join(foreign)}")
     return f"{option.help} [{', '.join(notes)}]" if notes else option.help
 
 

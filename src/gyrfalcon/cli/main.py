@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from gyrfalcon import __version__
 from gyrfalcon.cli.bench import BENCH_OPTIONS, bench
 from gyrfalcon.cli.doctor import doctor
-from gyrfalcon.cli.flags import command_with_settings
+from gyrfalcon.cli.flags import command_with_settings, print_version
 from gyrfalcon.cli.generate import GENERATE_OPTIONS, generate
+from gyrfalcon.cli.launcher import launcher_command
 from gyrfalcon.cli.models import models
 from gyrfalcon.cli.serve import serve
 from gyrfalcon.config import DEBUG_VARIABLE, OPTIONS
@@ -29,22 +29,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command()(command_with_settings(serve, OPTIONS, positional=True))
+app.command()(launcher_command())
 app.command()(command_with_settings(generate, GENERATE_OPTIONS))
 app.command()(models)
 app.command()(command_with_settings(bench, BENCH_OPTIONS))
 app.command()(command_with_settings(doctor, OPTIONS, positional=True))
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"gyrfalcon {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Serve open language models over HTTP."""

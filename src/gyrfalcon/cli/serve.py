@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
+from gyrfalcon.cli.launcher_options import unheeded_by_serve
 from gyrfalcon.config import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> None:
@@ -11,15 +17,25 @@ def serve(settings: Settings) -> None:
     Every option can also be set by a variable (GYRFALCON_PORT for --port; those in brackets work too) and in a TOML
     file (port = 8080). A flag wins over a variable, a variable over the file.
     """
+    from gyrfalcon.telemetry import setup_logging
+
+    setup_logging(settings.json_output, settings.log_level)
+    for line in unheeded_by_serve(os.environ):
+        logger.warning("%s", line)
+    run_server(settings)
+
+
+def run_server(settings: Settings) -> None:
+    """Claim the address, serve on it until interrupted, and show the banner once the model is ready.
+
+    Logging is set up already.
+    """
     # The flags are explained without loading what serving takes: web framework and engine.
     from gyrfalcon.cli.banner import render_banner
     from gyrfalcon.cli.listener import claim
     from gyrfalcon.cli.progress import LoadingProgress
     from gyrfalcon.launch import serving
     from gyrfalcon.service.interface import ModelInfo
-    from gyrfalcon.telemetry import setup_logging
-
-    setup_logging(settings.json_output, settings.log_level)
 
     def announce(model: ModelInfo) -> None:
         if not settings.json_output:  # a log collector wants lines; the resolved settings are in the log

@@ -10,9 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, Response
@@ -21,6 +19,7 @@ from starlette.routing import Route
 from gyrfalcon import __version__
 from gyrfalcon.http import kaito, tgi
 from gyrfalcon.http.auth import ApiKeyMiddleware, routed_path
+from gyrfalcon.http.openapi import openapi_document
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import json_response
 from gyrfalcon.service.interface import TextService
@@ -42,6 +41,7 @@ SHOWN_HEADERS = (
     "x-prompt-tokens",
     "x-generated-tokens",
     "x-model-id",
+    "x-request-id",
 )
 OPEN_PATHS = (
     "/",
@@ -117,7 +117,8 @@ def _add_documentation(app: FastAPI, *, has_keys: bool) -> None:
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _openapi(app, has_keys=has_keys)
+            schemas = (*tgi.SCHEMAS, *kaito.SCHEMAS)
+            app.openapi_schema = openapi_document(app, schemas, open_paths=OPEN_PATHS, has_keys=has_keys)
         return app.openapi_schema
 
     async def openapi() -> Response:
@@ -141,24 +142,6 @@ def _add_documentation(app: FastAPI, *, has_keys: bool) -> None:
         app.add_api_route(
             f"/docs/{name}", _serve_file(path), methods=["GET"], include_in_schema=False, response_model=None
         )
-
-
-def _openapi(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
-    document = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
-    )
-    # Bodies are read by hand, within limits; their types are therefore added by hand too.
-    bodies = [(model, "validation") for model in (*tgi.SCHEMAS, tgi.StreamResponse, *kaito.SCHEMAS)]
-    _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-    components = document.setdefault("components", {})
-    components["schemas"] = components.get("schemas", {}) | definitions["$defs"]
-    if has_keys:
-        components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
-        for path, operations in document["paths"].items():
-            for method, operation in operations.items():
-                if method != "get" or path not in OPEN_PATHS:
-                    operation["security"] = [{"ApiKey": []}]
-    return document
 
 
 def _docs_files() -> dict[str, Path]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
 from gyrfalcon import errors
+from gyrfalcon.http.openapi import json_body
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import (
     BodyLimits,
@@ -31,6 +32,12 @@ logger = logging.getLogger(__name__)
 
 NO_PROMPT = "Text generation parameter prompt required"
 NO_MESSAGES = "Conversational parameter messages required"
+
+EXAMPLE = {
+    "prompt": "The falcon is",
+    "return_full_text": False,
+    "generate_kwargs": {"max_length": 60, "do_sample": True, "top_k": 10},
+}
 
 # What the dialect has and this version cannot do yet, with the values that ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
@@ -172,7 +179,6 @@ class KaitoDialect:
                 (500, "The generation failed"),
             )
         }
-        schema = {"$ref": f"#/components/schemas/{ChatRequest.__name__}"}
         app.add_api_route(
             "/chat",
             self.chat,
@@ -181,7 +187,7 @@ class KaitoDialect:
             summary="Continue a prompt or a conversation",
             response_model=None,
             responses={**failures, 200: {"model": ChatResponse}},
-            openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+            openapi_extra=json_body(ChatRequest, EXAMPLE),
         )
         app.add_api_route(
             "/healthz",

@@ -7,15 +7,25 @@ import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from enum import Enum
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import quote as percent_encode
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from gyrfalcon import __version__, errors
+from gyrfalcon.http.openapi import json_body
 from gyrfalcon.http.settings import HttpSettings
+from gyrfalcon.http.tgi_schema import (
+    EXAMPLE,
+    Body,
+    CompatGenerateRequest,
+    ErrorResponse,
+    GenerateRequest,
+    GenerateResponse,
+    Info,
+    StreamResponse,
+)
 from gyrfalcon.http.wire import (
     BodyLimits,
     ClientGone,
@@ -39,6 +49,7 @@ from gyrfalcon.service.interface import (
     PromptToken,
     TextService,
 )
+from gyrfalcon.telemetry import new_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -60,183 +71,8 @@ BODY_ERROR_TYPES = {
 # Parameters of the dialect that this version cannot honour: refused unless null.
 NOT_HONOURED = ("grammar", "adapter_id")
 
-UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
-UInt64 = Annotated[int, Field(ge=0, le=2**64 - 1)]
-Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
-
-
-class _Body(BaseModel):
-    """No coercion; members the dialect does not have are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-
-class GenerateParameters(_Body):
-    """How to generate. Every member may be left out."""
-
-    best_of: UInt64 | None = Field(
-        None,
-        description="Generate this many sequences and return the one with the highest mean token "
-        "log-probability; the others are in `details.best_of_sequences`. Needs sampling and no `seed`.",
-        examples=[1],
-    )
-    decoder_input_details: bool = Field(
-        False,
-        description="Return the prompt's tokens with their log-probabilities. Implies `details`; must be "
-        "false when streaming.",
-    )
-    details: bool = Field(False, description="Return the generated tokens and how generation ended.")
-    do_sample: bool = Field(
-        False,
-        description="Sample. Also implied by `temperature` other than 1, `top_k`, `top_p` or `typical_p` below 1.",
-    )
-    frequency_penalty: float | None = Field(
-        None, description="-2 to 2; subtracted from a token's logit in proportion to its share of the tokens so far."
-    )
-    max_new_tokens: UInt32 | None = Field(
-        None, description="At most this many new tokens; null for the server's default.", examples=[20]
-    )
-    repetition_penalty: float | None = Field(None, description="Above 0; 1 is off.", examples=[1.03])
-    return_full_text: bool | None = Field(
-        None, description="Put the prompt in front of `generated_text`. Null is false, except on `POST /`."
-    )
-    seed: UInt64 | None = Field(None, description="Makes sampling repeatable; null draws one.")
-    stop: list[str] = Field(
-        default_factory=list,
-        description="Strings that end the text once it contains one; the text keeps it.",
-        examples=[["photographer"]],
-    )
-    temperature: float | None = Field(None, description="Above 0; divides the logits.", examples=[0.5])
-    top_k: Int32 | None = Field(None, description="Sample among this many likeliest tokens.", examples=[10])
-    top_n_tokens: UInt32 | None = Field(None, description="Report this many likeliest tokens at every position.")
-    top_p: float | None = Field(
-        None, description="Above 0, at most 1: sample among the likeliest tokens that hold this share.", examples=[0.95]
-    )
-    truncate: UInt64 | None = Field(None, description="Keep only this many tokens of the prompt, its last.")
-    typical_p: float | None = Field(
-        None,
-        description="Above 0, at most 1: sample among the most typical tokens that hold this share.",
-        examples=[0.95],
-    )
-    watermark: bool = Field(False, description="Mark the text statistically (arXiv 2301.10226).")
-    grammar: Any = Field(None, description="Not supported by this version: refused unless null.")
-    adapter_id: str | None = Field(None, description="Not supported by this version: refused unless null.")
-
-
-class GenerateRequest(_Body):
-    """A prompt and how to continue it."""
-
-    inputs: str = Field(description="The prompt.", examples=["My name is Olivier and I"])
-    parameters: GenerateParameters = Field(default_factory=lambda: GenerateParameters.model_validate({}))
-    model: str | None = Field(None, description="Which of the served models to run; null for the default one.")
-
-
-class CompatGenerateRequest(GenerateRequest):
-    """As `GenerateRequest`, and whether to stream."""
-
-    stream: bool = Field(False, description="Answer with an event stream, as `/generate_stream` does.")
-
-
-class Token(BaseModel):
-    """A generated token."""
-
-    id: int
-    text: str
-    logprob: float | None
-    special: bool
-
-
-class PrefillToken(BaseModel):
-    """A token of the prompt; the first has no log-probability."""
-
-    id: int
-    text: str
-    logprob: float | None
-
-
-class SequenceDetails(BaseModel):
-    """How one sequence was generated."""
-
-    finish_reason: str = Field(description="`length`, `eos_token` or `stop_sequence`")
-    generated_tokens: int
-    seed: int | None = Field(description="The seed, when the sequence was sampled")
-    prefill: list[PrefillToken]
-    tokens: list[Token]
-    top_tokens: list[list[Token]] | None = Field(None, description="Only with `top_n_tokens`")
-
-
-class BestOfSequence(SequenceDetails):
-    """One of the sequences that were not the best."""
-
-    generated_text: str
-
-
-class Details(SequenceDetails):
-    """How the answer was generated."""
-
-    best_of_sequences: list[BestOfSequence] | None = Field(None, description="Only with `best_of` above 1")
-
-
-class GenerateResponse(BaseModel):
-    """The generated text; `details` only when asked for."""
-
-    generated_text: str
-    details: Details | None = None
-
-
-class StreamDetails(BaseModel):
-    """How the stream ended."""
-
-    finish_reason: str
-    generated_tokens: int
-    seed: int | None
-    input_length: int
-
-
-class StreamResponse(BaseModel):
-    """One event of a stream; the last one has `generated_text`."""
-
-    index: int
-    token: Token
-    top_tokens: list[Token] | None = Field(None, description="Only with `top_n_tokens`")
-    generated_text: str | None
-    details: StreamDetails | None
-
-
-class ErrorResponse(BaseModel):
-    """What was wrong."""
-
-    error: str
-    error_type: str
-
-
-class Info(BaseModel):
-    """The default model and its limits."""
-
-    model_id: str
-    model_sha: str | None
-    model_pipeline_tag: str | None
-    model_dtype: str
-    model_device_type: str
-    max_concurrent_requests: int
-    max_best_of: int
-    max_stop_sequences: int
-    max_top_n_tokens: int
-    max_input_tokens: int
-    max_input_length: int
-    max_total_tokens: int
-    max_batch_total_tokens: int
-    default_max_new_tokens: int | None
-    validation_workers: int
-    max_client_batch_size: int
-    router: str
-    version: str
-    sha: str | None
-    docker_label: str | None
-    models: list[str]
-
-
-SCHEMAS = (GenerateRequest, CompatGenerateRequest)
+# Types that no route declares: bodies are read by hand, events are written by hand.
+SCHEMAS = (GenerateRequest, CompatGenerateRequest, StreamResponse)
 
 
 class TgiDialect:
@@ -267,7 +103,7 @@ class TgiDialect:
             "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/StreamResponse"}}},
         }
 
-        def post(path: str, endpoint: Any, body: type[_Body], summary: str, success: dict[str, Any]) -> None:
+        def post(path: str, endpoint: Any, body: type[Body], summary: str, success: dict[str, Any]) -> None:
             app.add_api_route(
                 path,
                 endpoint,
@@ -276,7 +112,7 @@ class TgiDialect:
                 tags=TAGS,
                 response_model=None,
                 responses={**failures, 200: success},
-                openapi_extra={"requestBody": json_body(body)},
+                openapi_extra=json_body(body, EXAMPLE),
             )
 
         post("/generate", self.generate, GenerateRequest, "Generate text", {"model": GenerateResponse})
@@ -346,14 +182,14 @@ class TgiDialect:
         call = to_call(body)
         completion = await unless_gone(request, self._service.complete(call))
         answer = render_completion(completion, body, returns_prompt)
-        headers = self._headers(body) | render_timings(completion)
+        headers = self._headers(call, body) | render_timings(completion)
         return json_response([answer] if as_list else answer, headers=headers)
 
     def _stream(self, body: GenerateRequest, returns_prompt: bool) -> Response:
         call = to_call(body)
         events = self._events(call, body, body.inputs if returns_prompt else "")
         settings = self._settings
-        return EventStream(events, headers=self._headers(body), ping_s=settings.ping_s, stall_s=settings.stall_s)
+        return EventStream(events, headers=self._headers(call, body), ping_s=settings.ping_s, stall_s=settings.stall_s)
 
     async def _events(self, call: GenerateCall, body: GenerateRequest, prompt: str) -> AsyncGenerator[bytes, None]:
         """The stream's events, those that are ready together in one chunk; what fails is its last event."""
@@ -365,23 +201,18 @@ class TgiDialect:
         except Exception as error:
             yield sse(render_error(error)[1])
 
-    def _headers(self, body: GenerateRequest) -> dict[str, str]:
+    def _headers(self, call: GenerateCall, body: GenerateRequest) -> dict[str, str]:
         """What every answer tells, also one that has only begun."""
+        request_id = {"x-request-id": call.request_id or ""}
         try:
             model = self._service.resolve(body.model)
         except errors.UnknownModel:
-            return {}  # the stream's only event says so
-        return {
+            return request_id  # the stream's only event says what is wrong
+        return request_id | {
             "x-compute-type": self._settings.compute_type or model.device,
             "x-compute-characters": str(len(body.inputs)),
             "x-model-id": percent_encode(model.name, safe="/-_.:@ "),
         }
-
-
-def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """An OpenAPI request body of this type, which is read by hand and so unknown to the framework."""
-    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"required": True, "content": {"application/json": {"schema": reference}}}
 
 
 def to_call(body: GenerateRequest) -> GenerateCall:
@@ -393,6 +224,7 @@ def to_call(body: GenerateRequest) -> GenerateCall:
     return GenerateCall(
         prompt=body.inputs,
         model=body.model,
+        request_id=new_request_id(),
         best_of=parameters.best_of,
         # Here false only means that nothing asks for sampling yet.
         do_sample=parameters.do_sample or None,

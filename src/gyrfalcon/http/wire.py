@@ -13,7 +13,7 @@ from typing import Any, Never, TypeVar
 import numpy as np
 import orjson
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -57,7 +57,7 @@ class MalformedBody(Exception):
 
 
 class ClientGone(Exception):
-    """The client closed the connection before its answer was ready."""
+    """The client closed the connection before its answer was ready; nobody will see what is answered."""
 
 
 async def read_json(request: Request, limits: BodyLimits, *, any_content_type: bool = False) -> Any:
@@ -273,6 +273,8 @@ async def _read_within(request: Request, limits: BodyLimits) -> bytes:
                 if num_bytes > limits.max_bytes:
                     raise too_large
                 chunks.append(chunk)
+    except ClientDisconnect:
+        raise ClientGone from None
     except TimeoutError:
         raise MalformedBody(408, f"The request body did not arrive within {limits.timeout_s:g} seconds") from None
     return b"".join(chunks)

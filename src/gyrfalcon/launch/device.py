@@ -29,12 +29,14 @@ DEFAULTS = {
 }
 
 
+# Below this a step is so short that threads wait for each other longer than they compute.
+ONE_THREAD_BYTES = 64 * 2**20
+
+
 def build_core(settings: Settings, folder: Path, on_progress: Callable[[int, int], None]) -> EngineCore:
     """Load the checkpoint in `folder` as the settings say. Raises SettingsError, ModelLoadError, OutOfCache."""
     device = _choose_device(settings)
     defaults = DEFAULTS[device]
-    if device == "cpu":
-        torch.set_num_threads(settings.num_threads or len(os.sched_getaffinity(0)))
     runner = load_runner(
         folder,
         dtype=settings.dtype,
@@ -47,6 +49,8 @@ def build_core(settings: Settings, folder: Path, on_progress: Callable[[int, int
         cache_fraction=settings.kv_cache_fraction or defaults.cache_fraction,
         on_progress=on_progress,
     )
+    if device == "cpu":
+        torch.set_num_threads(_choose_num_threads(settings, runner.facts.weight_bytes))
     return EngineCore(
         runner,
         CoreLimits(
@@ -56,6 +60,15 @@ def build_core(settings: Settings, folder: Path, on_progress: Callable[[int, int
             prefix_caching=settings.prefix_caching,
         ),
     )
+
+
+def _choose_num_threads(settings: Settings, weight_bytes: int) -> int:
+    """What the operator says, here or to OpenMP; else every core for a model that can use them."""
+    if settings.num_threads is not None:
+        return settings.num_threads
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return 1 if weight_bytes < ONE_THREAD_BYTES else len(os.sched_getaffinity(0))
 
 
 def _choose_device(settings: Settings) -> str:

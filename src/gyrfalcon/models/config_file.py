@@ -46,17 +46,18 @@ class ConfigFile:
                 return key, value
         return keys[0], None
 
-    def integer(self, *keys: str, default: int | None = None) -> int:
-        """A whole number of at least 1; without a default, an error when absent."""
+    def integer(self, *keys: str, default: int | None = None, limit: int = 1 << 31) -> int:
+        """A whole number from 1 to `limit`; without a default, an error when absent."""
+        expected = f"expected a whole number from 1 to {limit}"
         key, value = self.find(*keys)
         if value is None:
             value = default
         if value is None:
-            raise ModelLoadError(f"{self.path}: `{key}` is missing; expected a whole number of at least 1")
+            raise ModelLoadError(f"{self.path}: `{key}` is missing; {expected}")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(key, value, "expected a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise self.error(key, value, expected)
         return value
 
     def number(self, *keys: str, default: float | None = None) -> float:

@@ -13,6 +13,7 @@ from gyrfalcon.models.config_file import ConfigFile
 
 Family = Literal["falcon", "llama"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_LAYERS = 10_000  # far beyond any model; more is a damaged file, and would make lists of tensor names endless
 
 # How a block combines attention and MLP. parallel: both from one norm. parallel_two_norms: both at once, each
 # from its own norm. sequential: attention first, then the MLP on the sum.
@@ -203,7 +204,7 @@ def _read_falcon(config: ConfigFile, model_type: str) -> ModelSpec:
         family="falcon",
         block_form=form,
         qkv_layout=layout,
-        num_layers=config.integer("num_hidden_layers", "n_layer", default=32),
+        num_layers=config.integer("num_hidden_layers", "n_layer", default=32, limit=MAX_LAYERS),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -245,7 +246,7 @@ def _read_llama(config: ConfigFile, model_type: str) -> ModelSpec:
         family="llama",
         block_form="sequential",
         qkv_layout="separate",
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=config.integer("num_hidden_layers", limit=MAX_LAYERS),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

@@ -27,7 +27,7 @@ _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.flo
 _IGNORED_SUFFIXES = (".inv_freq", ".attention.bias", ".attn.bias", ".masked_bias", ".position_ids")
 
 # Bytes read, and where needed converted, at a time: small beside any weight, large beside a read's overhead.
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -111,6 +111,8 @@ class WeightReader:
         self._on_progress = on_progress
         self._bytes_read = 0
         self._bytes_to_read = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+        # One for all tensors: freed and taken anew, it would leave holes between the weights that nothing fits into.
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def holds(self, name: str) -> bool:
         return name in self._checkpoint.tensors
@@ -139,9 +141,9 @@ class WeightReader:
         if spare is None:
             return
         _check_usable(spare, tuple(tensor.shape))
-        for start, chunk in _converted_chunks(spare, RowRun(0, 0, spare.shape[0]), self.dtype):
+        for start, chunk in self._chunks(spare, RowRun(0, 0, spare.shape[0])):
             rows = tensor[start : start + chunk.shape[0]]
-            if not torch.equal(chunk.to(self.device), rows):
+            if not torch.equal(chunk.to(device=self.device, dtype=self.dtype), rows):
                 raise ModelLoadError(
                     f"{spare.path}: `{name}` differs from the embedding, which config.json says is also the head "
                     "(`tie_word_embeddings`); correct one of them"
@@ -158,9 +160,20 @@ class WeightReader:
             for num_bytes in _read_in_place(stored, run, rows):
                 self._advance(num_bytes)
             return
-        for start, chunk in _converted_chunks(stored, run, self.dtype):
-            destination[start : start + chunk.shape[0]].copy_(chunk)
+        for start, chunk in self._chunks(stored, run):
+            destination[start : start + chunk.shape[0]].copy_(chunk)  # converts on the way, without a copy between
             self._advance(chunk.shape[0] * stored.row_bytes)
+
+    def _chunks(self, stored: StoredTensor, run: RowRun) -> Iterator[tuple[int, Tensor]]:
+        """The rows of `run` as stored, some at a time, each with its destination row. All chunks share one memory."""
+        rows_at_once = max(1, min(run.count, _CHUNK_BYTES // stored.row_bytes))
+        if len(self._buffer) < rows_at_once * stored.row_bytes:
+            self._buffer = torch.empty(max(_CHUNK_BYTES, stored.row_bytes), dtype=torch.uint8)
+        for start in range(0, run.count, rows_at_once):
+            count = min(rows_at_once, run.count - start)
+            raw = self._buffer[: count * stored.row_bytes]
+            _read_exactly(stored, stored.offset + (run.source + start) * stored.row_bytes, raw.numpy().data)
+            yield run.destination + start, raw.view(_STORED_DTYPES[stored.dtype]).view(count, *stored.shape[1:])
 
     def _advance(self, num_bytes: int) -> None:
         self._bytes_read += num_bytes
@@ -176,18 +189,6 @@ def _read_in_place(stored: StoredTensor, run: RowRun, rows: Tensor) -> Iterator[
         chunk = target[start : start + _CHUNK_BYTES]
         _read_exactly(stored, offset + start, chunk)
         yield len(chunk)
-
-
-def _converted_chunks(stored: StoredTensor, run: RowRun, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The rows of `run` in `dtype` on CPU, some at a time, each with its destination row. Chunks share their memory."""
-    rows_at_once = max(1, min(run.count, _CHUNK_BYTES // stored.row_bytes))
-    buffer = torch.empty(rows_at_once * stored.row_bytes, dtype=torch.uint8)
-    for start in range(0, run.count, rows_at_once):
-        count = min(rows_at_once, run.count - start)
-        raw = buffer[: count * stored.row_bytes]
-        _read_exactly(stored, stored.offset + (run.source + start) * stored.row_bytes, raw.numpy().data)
-        chunk = raw.view(_STORED_DTYPES[stored.dtype]).view(count, *stored.shape[1:])
-        yield run.destination + start, chunk.to(dtype)
 
 
 def _read_exactly(stored: StoredTensor, offset: int, target: memoryview) -> None:

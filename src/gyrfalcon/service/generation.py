@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -42,7 +40,7 @@ from gyrfalcon.service.validation import (
     count_choices,
     fit,
 )
-from gyrfalcon.telemetry import Metrics, RequestRecord
+from gyrfalcon.telemetry import Metrics, RequestRecord, new_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,6 @@ class GenerationService:
         self._models = models
         self._metrics = metrics
         self._admission = Admission(max_concurrent_requests)
-        self._request_ids = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count(1))
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
@@ -107,7 +104,7 @@ class GenerationService:
     @asynccontextmanager
     async def _run(self, call: GenerateCall, *, is_stream: bool) -> AsyncIterator[Run]:
         """Admit the call and prepare it; on leaving, give the permit back and record how it went."""
-        record = _Record(call.request_id or next(self._request_ids))
+        record = _Record(call.request_id or new_request_id())
         self._metrics.request_begins()
         try:
             if is_stream:
@@ -213,7 +210,10 @@ class Run:
 
     def _engine_events(self) -> AsyncGenerator[list[EngineEvent], None]:
         call = self._valid.call
-        stop_ids = self._model.tokenizer.eos_ids if call.stop_token_ids is None else call.stop_token_ids
+        stop_ids = call.stop_token_ids
+        if stop_ids is None:
+            width = self._model.engine.facts.vocab_size  # a tokenizer may know of ids that its model has no logit for
+            stop_ids = tuple(id_ for id_ in self._model.tokenizer.eos_ids if id_ < width)
         events = self._model.engine.generate(
             EngineRequest(
                 request_id=self._record.request_id,

@@ -199,6 +199,7 @@ class ModelInfo:
     dtype: str
     device: str
     num_parameters: int
+    num_text_tokens: int  # ids below this are the tokenizer's; the model's logits may be wider
     max_context: int  # tokens the model's positions allow
     max_input_tokens: int
     max_total_tokens: int

@@ -38,6 +38,7 @@ class ServedModel:
             dtype=facts.dtype,
             device=facts.device,
             num_parameters=facts.num_parameters,
+            num_text_tokens=min(self.tokenizer.vocab_size, facts.vocab_size),
             max_context=facts.max_context,
             max_input_tokens=limits.max_input_tokens,
             max_total_tokens=limits.max_total_tokens,

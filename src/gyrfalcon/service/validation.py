@@ -320,6 +320,8 @@ def _check_prompt(call: GenerateCall, limits: Limits) -> None:
             check_encodable("prompt", text)
             num_chars = len(text)
     if call.prefix is not None:
+        if not isinstance(call.prompt, str):
+            raise InvalidRequest("prefix", "`prefix` goes with a text prompt only")
         check_encodable("prefix", call.prefix)
         num_chars += len(call.prefix)
     if num_chars > limits.max_prompt_chars:

@@ -93,7 +93,8 @@ class FakeEngine:
                 position += self._tokens_per_batch
                 yield events
         except (GeneratorExit, asyncio.CancelledError):
-            self.aborted.append(request.request_id)
+            if live:  # else there was nothing left to abort
+                self.aborted.append(request.request_id)
             raise
         finally:
             self._waiting.discard(request.request_id)

@@ -33,7 +33,8 @@ def test_help_of_serve_shows_every_flag_and_variable() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["serve", "--help"], ["generate", "--help"], ["models"], ["models", "--json"]]
+    "arguments",
+    [["--help"], ["serve", "--help"], ["launcher", "--help"], ["generate", "--help"], ["models"], ["models", "--json"]],
 )
 def test_help_and_catalogue_load_nothing_heavy(arguments: list[str]) -> None:
     program = (

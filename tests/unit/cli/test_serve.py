@@ -20,6 +20,7 @@ MODEL = ModelInfo(
     dtype="float32",
     device="cpu",
     num_parameters=7_654_321,
+    num_text_tokens=4096,
     max_context=1024,
     max_input_tokens=1023,
     max_total_tokens=1024,

@@ -54,6 +54,7 @@ class TestDocumentation:
         for path_, body in (("/generate", "GenerateRequest"), ("/", "CompatGenerateRequest"), ("/chat", "ChatRequest")):
             content = document["paths"][path_]["post"]["requestBody"]["content"]
             assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{body}"}
+            assert client.post(path_, json=content["application/json"]["example"]).status_code == 200
 
     def test_every_reference_leads_somewhere(self, client: TestClient) -> None:
         answer = client.get("/openapi.json")

@@ -31,8 +31,7 @@ async def serving(
         listener.bind(("127.0.0.1", 0))
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            while not server.started:
-                await asyncio.sleep(0.005)
+            await until(lambda: server.started)
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
@@ -49,9 +48,18 @@ async def post(port: int, path: str, **body: Any) -> tuple[asyncio.StreamReader,
     return reader, writer
 
 
+async def answer(port: int, path: str, **body: Any) -> bytes:
+    """Everything that comes back for a request."""
+    reader, writer = await post(port, path, **body)
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
 async def until(condition: Callable[[], object], timeout_s: float = 2.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  (what is waited for has no event)
             await asyncio.sleep(0.005)
 
 
@@ -91,16 +99,17 @@ async def test_a_client_that_leaves_while_its_request_waits_aborts_it(path: str,
 async def test_a_neighbour_goes_on_when_a_client_leaves(tokenizer_folder: Path) -> None:
     engine = FakeEngine(step_s=0.005)
     async with serving(engine, tokenizer_folder) as port:
-        stays, _ = await post(port, "/generate", inputs="hello", parameters={"max_new_tokens": 40})
+        stays = asyncio.create_task(answer(port, "/generate", inputs="hello", parameters={"max_new_tokens": 40}))
         _reader, leaves = await post(port, "/generate", **BODIES["/generate"])
         await until(lambda: engine.stats().num_running == 2)
         leaves.close()
-        answer = await stays.read()
-        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert (await stays).startswith(b"HTTP/1.1 200 OK")
         assert len(engine.aborted) == 1
 
 
-async def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(tokenizer_folder: Path) -> None:
+async def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(
+    tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = FakeEngine()
     async with serving(engine, tokenizer_folder) as port:
         _reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -108,15 +117,15 @@ async def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(tokenize
         writer.write(b'Content-Length: 500\r\n\r\n{"inputs": "he')
         await writer.drain()
         writer.close()
-        reader, _ = await post(port, "/generate", inputs="hello")
-        assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
+        assert (await answer(port, "/generate", inputs="hello")).startswith(b"HTTP/1.1 200 OK")
         assert len(engine.requests) == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_the_stream_on_the_wire(tokenizer_folder: Path) -> None:
     async with serving(FakeEngine(), tokenizer_folder) as port:
-        reader, _ = await post(port, "/generate_stream", inputs="hello", parameters={"max_new_tokens": 2})
-        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        received = await answer(port, "/generate_stream", inputs="hello", parameters={"max_new_tokens": 2})
+        head, _, body = received.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 OK")
         chunks = body.split(b"\r\n")[1::2]
         assert [chunk[:17] for chunk in chunks] == [b'data: {"index":1,', b'data: {"index":2,', b""]
@@ -125,15 +134,15 @@ async def test_the_stream_on_the_wire(tokenizer_folder: Path) -> None:
 
 async def test_tokens_that_are_ready_together_go_out_in_one_write(tokenizer_folder: Path) -> None:
     async with serving(FakeEngine(tokens_per_batch=4), tokenizer_folder) as port:
-        reader, _ = await post(port, "/generate_stream", inputs="hello", parameters={"max_new_tokens": 8})
-        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        received = await answer(port, "/generate_stream", inputs="hello", parameters={"max_new_tokens": 8})
+        _, _, body = received.partition(b"\r\n\r\n")
         assert [chunk.count(b"data: ") for chunk in body.split(b"\r\n")[1::2]] == [4, 4, 0]
 
 
 async def test_silence_before_the_first_token_is_filled(tokenizer_folder: Path) -> None:
     async with serving(FakeEngine(start_s=0.25), tokenizer_folder, ping_s=0.1) as port:
-        reader, _ = await post(port, "/generate_stream", inputs="hello", parameters={"max_new_tokens": 1})
-        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        received = await answer(port, "/generate_stream", inputs="hello", parameters={"max_new_tokens": 1})
+        _, _, body = received.partition(b"\r\n\r\n")
         events = b"".join(body.split(b"\r\n")[1::2])
         assert events.startswith(b': ping\n\n: ping\n\ndata: {"index":1')
 
@@ -142,9 +151,9 @@ async def test_overload_is_a_status_and_on_a_stream_an_event(tokenizer_folder: P
     async with serving(FakeEngine(step_s=0.01), tokenizer_folder, max_concurrent_requests=1) as port:
         _, first = await post(port, "/generate", **BODIES["/generate"])
         await asyncio.sleep(0.05)
-        plain = await (await post(port, "/generate", inputs="x"))[0].read()
-        stream = await (await post(port, "/generate_stream", inputs="x"))[0].read()
-        chat = await (await post(port, "/chat", prompt="x"))[0].read()
+        plain = await answer(port, "/generate", inputs="x")
+        stream = await answer(port, "/generate_stream", inputs="x")
+        chat = await answer(port, "/chat", prompt="x")
         first.close()
     assert plain.startswith(b"HTTP/1.1 429 ")
     assert b"\r\nretry-after: 1\r\n" in plain
@@ -158,10 +167,10 @@ async def test_overload_is_a_status_and_on_a_stream_an_event(tokenizer_folder: P
 async def test_an_engine_that_dies_ends_its_streams_with_an_error(tokenizer_folder: Path) -> None:
     engine = FakeEngine(step_s=0.005)
     async with serving(engine, tokenizer_folder) as port:
-        reader, _ = await post(port, "/generate_stream", **BODIES["/generate_stream"])
+        reading = asyncio.create_task(answer(port, "/generate_stream", **BODIES["/generate_stream"]))
         await until(lambda: engine.stats().decode_tokens > 3)
         engine.die()
-        body = await asyncio.wait_for(reader.read(), 2)
+        body = await asyncio.wait_for(reading, 2)
     assert b'"error_type":"generation"' in body.split(b"data: ")[-1]
     assert body.endswith(b"0\r\n\r\n")
 
@@ -179,6 +188,5 @@ async def test_many_clients_that_leave_at_random_leave_nothing_behind(tokenizer_
         for _ in range(3):
             await asyncio.gather(*map(come_and_go, range(40)))
         await until(lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
-        reader, _ = await post(port, "/generate", inputs="hello")
-        assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
+        assert (await answer(port, "/generate", inputs="hello")).startswith(b"HTTP/1.1 200 OK")
     await until(lambda: len(asyncio.all_tasks()) <= before)

@@ -134,6 +134,15 @@ class TestGenerate:
         times = ["x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token"]
         assert all(headers[name].isdecimal() for name in times)
 
+    def test_the_log_and_the_answer_name_the_request_alike(
+        self, client: TestClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "gyrfalcon.telemetry")
+        answers = [client.post(path, json={"inputs": "x"}) for path in ("/generate", "/generate_stream", "/")]
+        logged = [record.request_id for record in caplog.records]  # type: ignore[attr-defined]
+        assert logged == [answer.headers["x-request-id"] for answer in answers]
+        assert len(set(logged)) == 3
+
     def test_the_compute_type_may_be_set(self, make_client: MakeClient) -> None:
         client = make_client(compute_type="1-nvidia-h200")
         assert client.post("/generate", json={"inputs": "x"}).headers["x-compute-type"] == "1-nvidia-h200"

@@ -86,6 +86,8 @@ def fitted(num_tokens: int, *, prefix: int = 0, limits: Limits = LIMITS, **param
         ("prompt", "a\ud800b", {}),
         ("prompt", "x" * 1601, {}),
         ("prompt", TokenPrompt(()), {}),
+        ("prefix", "a", {"prompt": TokenPrompt((1,))}),
+        ("prefix", "\udc00", {}),
     ],
 )
 def test_a_value_outside_its_rule_is_refused_by_name(parameter: str, value: object, also: dict[str, object]) -> None:

@@ -1,0 +1,187 @@
+"""The types of text-generation-inference's dialect: what its bodies and answers hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EXAMPLE = {
+    "inputs": "My name is Olivier and I",
+    "parameters": {"max_new_tokens": 20, "temperature": 0.5, "top_p": 0.95, "details": True, "stop": ["photographer"]},
+}
+
+UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
+UInt64 = Annotated[int, Field(ge=0, le=2**64 - 1)]
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+
+
+class Body(BaseModel):
+    """No coercion; members the dialect does not have are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class GenerateParameters(Body):
+    """How to generate. Every member may be left out."""
+
+    best_of: UInt64 | None = Field(
+        None,
+        description="Generate this many sequences and return the one with the highest mean token "
+        "log-probability; the others are in `details.best_of_sequences`. Needs sampling and no `seed`.",
+        examples=[1],
+    )
+    decoder_input_details: bool = Field(
+        False,
+        description="Return the prompt's tokens with their log-probabilities. Implies `details`; must be "
+        "false when streaming.",
+    )
+    details: bool = Field(False, description="Return the generated tokens and how generation ended.")
+    do_sample: bool = Field(
+        False,
+        description="Sample. Also implied by `temperature` other than 1, `top_k`, `top_p` or `typical_p` below 1.",
+    )
+    frequency_penalty: float | None = Field(
+        None, description="-2 to 2; subtracted from a token's logit in proportion to its share of the tokens so far."
+    )
+    max_new_tokens: UInt32 | None = Field(
+        None, description="At most this many new tokens; null for the server's default.", examples=[20]
+    )
+    repetition_penalty: float | None = Field(None, description="Above 0; 1 is off.", examples=[1.03])
+    return_full_text: bool | None = Field(
+        None, description="Put the prompt in front of `generated_text`. Null is false, except on `POST /`."
+    )
+    seed: UInt64 | None = Field(None, description="Makes sampling repeatable; null draws one.")
+    stop: list[str] = Field(
+        default_factory=list,
+        description="Strings that end the text once it contains one; the text keeps it.",
+        examples=[["photographer"]],
+    )
+    temperature: float | None = Field(None, description="Above 0; divides the logits.", examples=[0.5])
+    top_k: Int32 | None = Field(None, description="Sample among this many likeliest tokens.", examples=[10])
+    top_n_tokens: UInt32 | None = Field(None, description="Report this many likeliest tokens at every position.")
+    top_p: float | None = Field(
+        None, description="Above 0, at most 1: sample among the likeliest tokens that hold this share.", examples=[0.95]
+    )
+    truncate: UInt64 | None = Field(None, description="Keep only this many tokens of the prompt, its last.")
+    typical_p: float | None = Field(
+        None,
+        description="Above 0, at most 1: sample among the most typical tokens that hold this share.",
+        examples=[0.95],
+    )
+    watermark: bool = Field(False, description="Mark the text statistically (arXiv 2301.10226).")
+    grammar: Any = Field(None, description="Not supported by this version: refused unless null.")
+    adapter_id: str | None = Field(None, description="Not supported by this version: refused unless null.")
+
+
+class GenerateRequest(Body):
+    """A prompt and how to continue it."""
+
+    inputs: str = Field(description="The prompt.", examples=["My name is Olivier and I"])
+    parameters: GenerateParameters = Field(default_factory=lambda: GenerateParameters.model_validate({}))
+    model: str | None = Field(None, description="Which of the served models to run; null for the default one.")
+
+
+class CompatGenerateRequest(GenerateRequest):
+    """As `GenerateRequest`, and whether to stream."""
+
+    stream: bool = Field(False, description="Answer with an event stream, as `/generate_stream` does.")
+
+
+class Token(BaseModel):
+    """A generated token."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class PrefillToken(BaseModel):
+    """A token of the prompt; the first has no log-probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class SequenceDetails(BaseModel):
+    """How one sequence was generated."""
+
+    finish_reason: str = Field(description="`length`, `eos_token` or `stop_sequence`")
+    generated_tokens: int
+    seed: int | None = Field(description="The seed, when the sequence was sampled")
+    prefill: list[PrefillToken]
+    tokens: list[Token]
+    top_tokens: list[list[Token]] | None = Field(None, description="Only with `top_n_tokens`")
+
+
+class BestOfSequence(SequenceDetails):
+    """One of the sequences that were not the best."""
+
+    generated_text: str
+
+
+class Details(SequenceDetails):
+    """How the answer was generated."""
+
+    best_of_sequences: list[BestOfSequence] | None = Field(None, description="Only with `best_of` above 1")
+
+
+class GenerateResponse(BaseModel):
+    """The generated text; `details` only when asked for."""
+
+    generated_text: str
+    details: Details | None = None
+
+
+class StreamDetails(BaseModel):
+    """How the stream ended."""
+
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+class StreamResponse(BaseModel):
+    """One event of a stream; the last one has `generated_text`."""
+
+    index: int
+    token: Token
+    top_tokens: list[Token] | None = Field(None, description="Only with `top_n_tokens`")
+    generated_text: str | None
+    details: StreamDetails | None
+
+
+class ErrorResponse(BaseModel):
+    """What was wrong."""
+
+    error: str
+    error_type: str
+
+
+class Info(BaseModel):
+    """The default model and its limits."""
+
+    model_id: str
+    model_sha: str | None
+    model_pipeline_tag: str | None
+    model_dtype: str
+    model_device_type: str
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_top_n_tokens: int
+    max_input_tokens: int
+    max_input_length: int
+    max_total_tokens: int
+    max_batch_total_tokens: int
+    default_max_new_tokens: int | None
+    validation_workers: int
+    max_client_batch_size: int
+    router: str
+    version: str
+    sha: str | None
+    docker_label: str | None
+    models: list[str]

@@ -1,0 +1,31 @@
+"""The application over a fake engine, as the clients of each dialect see it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from gyrfalcon.http.app import create_app
+from gyrfalcon.http.settings import HttpSettings
+from gyrfalcon.testing.engine import FakeEngine
+from gyrfalcon.testing.text import text_service, write_tokenizer
+
+API_KEY = "KEY"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def client(engine: FakeEngine, tokenizer_folder: Path) -> TestClient:
+    service, metrics = text_service(engine, tokenizer_folder, name="eyas")
+    return TestClient(create_app(service, HttpSettings(api_keys=(API_KEY,)), metrics))
