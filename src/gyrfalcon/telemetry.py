@@ -92,7 +92,6 @@ class RequestRecord:
     num_prompt_tokens: int | None
     max_new_tokens: int | None
     num_generated_tokens: int
-    num_answers: int
     finish_reason: str | None
     validation_s: float | None
     queue_s: float | None
@@ -170,7 +169,7 @@ class Metrics:
     def request_ends(self, record: RequestRecord) -> None:
         """Count a request that is over, and log it in one line."""
         if record.outcome == "success":
-            self._success.inc(record.num_answers)
+            self._success.inc()
             self._duration.observe(record.total_s)
             self._generated.observe(record.num_generated_tokens)
             if record.validation_s is not None:

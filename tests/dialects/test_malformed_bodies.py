@@ -48,9 +48,9 @@ UNREADABLE: list[tuple[bytes, int, str]] = [
     (b"[" * 200_000, 400, PARSE),
     (b'{"inputs":"x","inputs":"y"}', 422, SHAPE),
     (b'{"inputs":"x","parameters":{"seed":1,"seed":2}}', 422, SHAPE),
-    (b'{"inputs":"\\ud800"}', 422, SHAPE),
-    (b'{"inputs":"x","\\udc00":1}', 422, SHAPE),
-    (b'{"inputs":"x","parameters":{"stop":["\\ud83d"]}}', 422, SHAPE),
+    (b'{"inputs":"\\ud800"}', 400, PARSE),
+    (b'{"inputs":"x","\\udc00":1}', 400, PARSE),
+    (b'{"inputs":"x","parameters":{"stop":["\\ud83d"]}}', 400, PARSE),
 ]
 
 # Values that a field's type does not have: one row a value.

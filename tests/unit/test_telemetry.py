@@ -16,7 +16,6 @@ RECORD = RequestRecord(
     num_prompt_tokens=5,
     max_new_tokens=20,
     num_generated_tokens=10,
-    num_answers=1,
     finish_reason="length",
     validation_s=0.1,
     queue_s=0.2,

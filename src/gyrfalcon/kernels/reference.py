@@ -4,8 +4,9 @@ Letters as in the interface; besides: P key positions in a partition, N rows com
 each of them, G query heads on one kv head, M = Q * G rows of a matrix product.
 
 On CPU in float32 a token's numbers depend on nothing but its own row: not on the other rows of the step, nor on how
-its prompt was cut into chunks. Two rules give that. Products are made with at least `MIN_PRODUCT_ROWS` rows, and
-every sum over key positions is made partition by partition, in one order, whoever asks.
+its prompt was cut into chunks. Three rules give that: a product has at least `MIN_PRODUCT_ROWS` rows and at most
+`MAX_INNER_WIDTH` terms a sum, sums over key positions are made partition by partition in one order, whoever asks, and
+no element-wise routine is used that treats the end of a tensor differently.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from gyrfalcon.errors import ModelLoadError
@@ -47,17 +48,28 @@ def load_model(
     if chosen not in _DTYPES:
         raise ModelLoadError(f"dtype is {dtype!r}; expected auto, {', '.join(_DTYPES)}")
     checkpoint = open_checkpoint(folder, spec)
-    weights = WeightReader(checkpoint, _DTYPES[chosen], torch.device(device), on_progress)
+    place = torch.device(device)
+    no_room = _no_room(folder, spec, chosen, device)
+    if spec.num_parameters * DTYPE_BYTES[chosen] > _free_bytes(place):
+        raise no_room
+    weights = WeightReader(checkpoint, _DTYPES[chosen], place, on_progress)
     try:
         decoder = _load_decoder(spec, weights)
     except (torch.OutOfMemoryError, MemoryError):
-        raise _no_room(folder, spec, chosen, device) from None
+        raise no_room from None
     except RuntimeError as error:
         # The CPU allocator has no exception of its own.
         if "can't allocate memory" in str(error):
-            raise _no_room(folder, spec, chosen, device) from None
+            raise no_room from None
         raise
     return CausalLM(spec, decoder, ops, weight_bytes=weights.bytes_loaded)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory to be had now. Without this check the system would end the process instead of refusing the memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def _load_decoder(spec: ModelSpec, weights: WeightReader) -> Decoder:
@@ -69,7 +81,7 @@ def _load_decoder(spec: ModelSpec, weights: WeightReader) -> Decoder:
         load_block, load_norm, final_norm = llama.load_block, llama.load_norm, "model.norm"
     embedding_VD = weights.load(embedding_name(spec))
     if spec.tied_head:
-        weights.check_equal("lm_head.weight", embedding_VD)
+        weights.check_spare_head(embedding_VD)
     return Decoder(
         embedding_VD=embedding_VD,
         frequencies_E2=None if spec.rope is None else _rotary_frequencies(spec.rope, spec.head_size, weights.device),
@@ -93,6 +105,5 @@ def _rotary_frequencies(rope: Rope, head_size: int, device: torch.device) -> tor
 def _no_room(folder: Path, spec: ModelSpec, dtype: str, device: str) -> ModelLoadError:
     needed = spec.num_parameters * DTYPE_BYTES[dtype]
     return ModelLoadError(
-        f"{folder}: {spec.num_parameters} parameters in {dtype} take {needed} bytes, more than {device} has free; "
-        "a 16-bit --dtype halves float32"
+        f"{folder}: {spec.num_parameters} parameters in {dtype} take {needed} bytes, more than {device} has free"
     )

@@ -61,10 +61,9 @@ class RowRun:
 class Checkpoint:
     """The tensors of a checkpoint by their canonical names; all that the spec asks for, in the right shapes.
 
-    spare_head: the stored head of a tied model, which must equal the embedding.
+    spare_head: the head that a tied model's files hold besides the embedding, and that must equal it.
     """
 
-    folder: Path
     tensors: dict[str, StoredTensor]
     spare_head: StoredTensor | None
 
@@ -77,10 +76,10 @@ def open_checkpoint(folder: Path, spec: ModelSpec) -> Checkpoint:
     source, stored = _read_headers(folder)
     expected = checkpoint_tensors(spec)
     named = _canonical_names(stored, expected)
-    head = named.pop("lm_head.weight", None) if spec.tied_head else None
-    if head is not None:
+    spare_head = named.pop("lm_head.weight", None) if spec.tied_head else None
+    if spare_head is not None and embedding_name(spec) not in named:
         # Savers that drop one of two equal tensors do not always keep the embedding.
-        named.setdefault(embedding_name(spec), head)
+        named[embedding_name(spec)], spare_head = spare_head, None
     extra = [name for name in named if name not in expected and not name.endswith(_IGNORED_SUFFIXES)]
     missing = [name for name in expected if name not in named]
     if missing:
@@ -91,7 +90,9 @@ def open_checkpoint(folder: Path, spec: ModelSpec) -> Checkpoint:
         raise ModelLoadError(f"{source}: holds {_listed(extra)}; config.json asks for {_described(spec)}, without them")
     for name, shape in expected.items():
         _check_usable(named[name], shape)
-    return Checkpoint(folder, {name: named[name] for name in expected}, head)
+    if spare_head is not None:
+        _check_usable(spare_head, expected[embedding_name(spec)])
+    return Checkpoint({name: named[name] for name in expected}, spare_head)
 
 
 class WeightReader:
@@ -117,7 +118,7 @@ class WeightReader:
     def holds(self, name: str) -> bool:
         return name in self._checkpoint.tensors
 
-    def load(self, name: str, rows: Iterable[RowRun] | None = None) -> Tensor:
+    def load(self, name: str, rows: list[RowRun] | None = None) -> Tensor:
         """A tensor, its rows in the order stored or in that of `rows`, which must cover each row once."""
         stored = self._checkpoint.tensors[name]
         destination = self._empty(stored.shape)
@@ -135,17 +136,17 @@ class WeightReader:
             start += part.shape[0]
         return destination
 
-    def check_equal(self, name: str, tensor: Tensor) -> None:
-        """Raise ModelLoadError unless the spare tensor `name`, if the checkpoint has one, equals `tensor`."""
+    def check_spare_head(self, embedding_VD: Tensor) -> None:
+        """Raise ModelLoadError if the files hold a head besides the embedding of a tied model, and it differs."""
         spare = self._checkpoint.spare_head
         if spare is None:
             return
-        _check_usable(spare, tuple(tensor.shape))
         for start, chunk in self._chunks(spare, RowRun(0, 0, spare.shape[0])):
-            rows = tensor[start : start + chunk.shape[0]]
-            if not torch.equal(chunk.to(device=self.device, dtype=self.dtype), rows):
+            rows = embedding_VD[start : start + chunk.shape[0]]
+            # Bytes, not numbers: a NaN in a row that no token uses is equal to its copy.
+            if not torch.equal(chunk.to(self.device, self.dtype).view(torch.uint8), rows.view(torch.uint8)):
                 raise ModelLoadError(
-                    f"{spare.path}: `{name}` differs from the embedding, which config.json says is also the head "
+                    f"{spare.path}: `{spare.name}` differs from the embedding, which config.json says is also the head "
                     "(`tie_word_embeddings`); correct one of them"
                 )
 
@@ -327,7 +328,13 @@ def _check_usable(stored: StoredTensor, shape: tuple[int, ...]) -> None:
 def _canonical_names(stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
     """Stored tensors under the names of `expected`: some exports leave out the leading `transformer.` or `model.`."""
     canonical = {name.partition(".")[2]: name for name in expected if name != "lm_head.weight"}
-    return {name if name in expected else canonical.get(name, name): tensor for name, tensor in stored.items()}
+    named: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        chosen = name if name in expected else canonical.get(name, name)
+        if chosen in named:
+            raise ModelLoadError(f"{tensor.path}: `{tensor.name}` is also stored as `{named[chosen].name}`")
+        named[chosen] = tensor
+    return named
 
 
 def _described(spec: ModelSpec) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -41,8 +40,6 @@ from gyrfalcon.service.validation import (
     fit,
 )
 from gyrfalcon.telemetry import Metrics, RequestRecord, new_request_id
-
-logger = logging.getLogger(__name__)
 
 # Tokenising fewer characters takes well under a millisecond, less than a thread's round trip is worth.
 SHORT_TEXT_CHARS = 2000
@@ -305,7 +302,6 @@ class _Record:
             num_prompt_tokens=None if prompt is None else len(prompt.ids),
             max_new_tokens=None if prompt is None else prompt.max_new_tokens,
             num_generated_tokens=self.num_generated_tokens,
-            num_answers=1,
             finish_reason=self.finish_reason,
             validation_s=self._validation_s,
             queue_s=self.queue_s,

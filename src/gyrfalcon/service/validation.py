@@ -22,7 +22,6 @@ DRAWN_SEED_BITS = 53
 MAX_RESERVED_NEW_TOKENS = 1024
 # No tokenizer packs more characters than this into the average token of a text worth sending.
 MAX_CHARS_PER_TOKEN = 16
-LONGEST_QUOTE = 200  # characters of a caller's text that an error message repeats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,12 +65,16 @@ def test_a_wrong_last_tensor_is_found_before_any_weight_is_read(
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("free_bytes", [None, 1 << 60], ids=["known-before", "found-out-by-the-allocator"])
 def test_more_weights_than_memory_are_refused_with_the_bytes_needed(
+    free_bytes: int | None,
     zero_checkpoint: Callable[[dict[str, object]], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # 8 TB in a sparse file: no machine gives out the first matrix.
-    vast = SEVERAL_HUNDRED_MEGABYTES | {"vocab_size": 2**31 - 1, "num_hidden_layers": 1}
-    folder = zero_checkpoint(vast)
+    if free_bytes is not None:
+        monkeypatch.setattr("gyrfalcon.models.registry._free_bytes", lambda device: free_bytes)
+    # Terabytes in a sparse file: no machine gives out the first matrix.
+    folder = zero_checkpoint(SEVERAL_HUNDRED_MEGABYTES | {"vocab_size": 2**31 - 1, "num_hidden_layers": 1})
 
     with pytest.raises(ModelLoadError, match=rf"{folder}: \d+ parameters in float32 take \d+ bytes, more than cpu has"):
         load_model(folder, dtype="float32", device="cpu", ops=ops)

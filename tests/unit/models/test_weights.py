@@ -379,7 +379,7 @@ def test_the_stored_head_of_a_tied_model_is_ignored_when_it_equals_the_embedding
     )
     weights = reader(path.parent, torch.bfloat16)
 
-    weights.check_equal("lm_head.weight", weights.load(EMBEDDING))
+    weights.check_spare_head(weights.load(EMBEDDING))
 
     assert not weights.holds("lm_head.weight")
 
@@ -395,7 +395,24 @@ def test_the_stored_head_of_a_tied_model_must_equal_the_embedding(damaged: Folde
     with pytest.raises(
         ModelLoadError, match=f"{path}: `lm_head.weight` differs from the embedding, .*tie_word_embeddings"
     ):
-        weights.check_equal("lm_head.weight", weights.load(EMBEDDING))
+        weights.check_spare_head(weights.load(EMBEDDING))
+
+
+def test_the_stored_head_of_a_tied_model_must_have_the_embeddings_shape(damaged: Folders) -> None:
+    path = change_tensors(damaged("falcon-7b"), lambda tensors: tensors.update({"lm_head.weight": torch.zeros(9, 64)}))
+
+    with pytest.raises(ModelLoadError, match=r"`lm_head.weight` has shape \[9, 64\], expected \[384, 64\]"):
+        check(path.parent)
+
+
+def test_a_tensor_under_both_of_its_names_is_refused(damaged: Folders) -> None:
+    def double(tensors: dict[str, Tensor]) -> None:
+        tensors[QKV.removeprefix("transformer.")] = tensors[QKV].clone()
+
+    path = change_tensors(damaged("falcon-7b"), double)
+
+    with pytest.raises(ModelLoadError, match=f"{path}: `.*query_key_value.weight` is also stored as `"):
+        check(path.parent)
 
 
 def test_the_embedding_of_a_tied_model_may_be_stored_as_its_head(damaged: Folders, checkpoint: Folders) -> None:
