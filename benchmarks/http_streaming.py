@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class SteppedEngine(FakeEngine):
         for queue in self._queues:
             queue.put_nowait([TokenEvent(0, FIRST_ID, -0.5, FinishReason.LENGTH)])
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[list[EngineEvent]]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineEvent], None]:
         queue: asyncio.Queue[list[EngineEvent]] = asyncio.Queue()
         self._queues.append(queue)
         try:

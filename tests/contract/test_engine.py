@@ -101,13 +101,13 @@ async def test_a_cancelled_reader_frees_everything(engine: Engine) -> None:
 
 
 async def test_an_ended_choice_lets_the_others_finish(engine: Engine) -> None:
-    request = wanted("a", 60, num_choices=2, sampling=SamplingParams(do_sample=True))
+    request = wanted("a", 1000, num_choices=2, sampling=SamplingParams(do_sample=True))
     engine_tokens = []
     async for events in engine.generate(request):
         engine.end_choice("a", 0)
         engine_tokens += [event for event in events if isinstance(event, TokenEvent)]
-    assert [token.token_id for token in engine_tokens if token.choice == 1] == fake_continuation((1, 2, 3), 60, 1)
-    assert sum(token.choice == 0 for token in engine_tokens) < 60
+    assert [token.token_id for token in engine_tokens if token.choice == 1] == fake_continuation((1, 2, 3), 1000, 1)
+    assert sum(token.choice == 0 for token in engine_tokens) < 1000
 
 
 async def test_what_never_fits_fails_alone(engine: Engine) -> None:
@@ -116,6 +116,23 @@ async def test_what_never_fits_fails_alone(engine: Engine) -> None:
         await collect(engine, wanted("bad", MAX_CONTEXT))
     _, tokens = await neighbour
     assert len(tokens) == 50
+
+
+async def test_ending_what_is_unknown_or_over_changes_nothing(engine: Engine) -> None:
+    engine.end_choice("never heard of", 0)
+    async for _ in engine.generate(wanted("a", 5)):
+        engine.end_choice("a", 7)
+    engine.end_choice("a", 0)
+    _, tokens = await collect(engine, wanted("b", 5))
+    assert len(tokens) == 5
+
+
+async def test_stop_ids_are_banned_before_the_fewest_tokens(engine: Engine) -> None:
+    early = fake_continuation((1, 2, 3), 2)[1]
+    for num_tokens, fewest in ((2, 0), (4, 4)):
+        request = wanted(f"a{fewest}", 4, min_new_tokens=fewest, stop_token_ids=(early,))
+        _, tokens = await collect(engine, request)
+        assert len(tokens) == num_tokens
 
 
 async def test_ending_every_choice_ends_the_stream(engine: Engine) -> None:

@@ -6,7 +6,7 @@ Nothing above this door knows of blocks, batches or devices; nothing below it kn
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 import msgspec
@@ -171,11 +171,12 @@ class Engine(Protocol):
         """Facts found at start; valid once the engine has started."""
         ...
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[list[EngineEvent]]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineEvent], None]:
         """Yield the request's events, those that are ready together in one list.
 
-        Ends after every choice has finished. Closing the iterator early aborts the request and frees what it
-        held. Raises GenerationFailed when this request fails, EngineDead when the engine ends under it.
+        Ends after every choice has finished. Closing the generator early (`contextlib.aclosing`) aborts the request
+        and frees what it held. Raises GenerationFailed when this request fails, EngineDead when the engine ends
+        under it.
         """
         ...
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from gyrfalcon.engine.core import EngineCore
@@ -46,7 +46,7 @@ class LocalEngine:
     def facts(self) -> EngineFacts:
         return self._core.facts
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[list[EngineEvent]]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineEvent], None]:
         if self._dead is not None:
             raise EngineDead(self._dead)
         async with aclosing(self._router.exchange(request, self._inbox.put)) as exchange:

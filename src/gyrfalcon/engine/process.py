@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -118,7 +118,7 @@ class ProcessEngine:
         """Process id of the child that runs now."""
         return self._process.pid if self._process else None
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[list[EngineEvent]]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineEvent], None]:
         if self._state is not EngineState.READY:
             raise EngineDead(self._detail)
         if self._router.num_open == 0:

@@ -26,8 +26,7 @@ def process_logits(logits_SV: Tensor, columns: SamplingColumns, last_ids_S: Ints
     if columns.banned_ids.size:
         samples, ids = _flat(logits_SV, columns.banned_ids, columns.banned_starts)
         logits_SV[samples, ids] = -torch.inf
-    if (columns.temperature_S != 1.0).any():
-        logits_SV /= torch.from_numpy(columns.temperature_S).to(logits_SV.device)[:, None]
+    _divide_by_temperature(logits_SV, columns)
     return logits_SV
 
 
@@ -69,6 +68,17 @@ def _penalise_frequency(logits_SV: Tensor, columns: SamplingColumns) -> None:
     lengths = torch.from_numpy(np.diff(columns.history_starts)).to(cells.device)
     weights = torch.from_numpy(penalties).to(cells.device)[samples]
     logits_SV[samples, ids] -= weights * counts / lengths[samples]
+
+
+def _divide_by_temperature(logits_SV: Tensor, columns: SamplingColumns) -> None:
+    tempered = np.flatnonzero(columns.temperature_S != 1.0)
+    if tempered.size == 0:
+        return
+    where_S = torch.from_numpy(tempered).to(logits_SV.device)
+    logits = logits_SV[where_S]
+    # From the largest down, so that a temperature near zero sends the others to -inf instead of all to infinity.
+    logits -= logits.amax(dim=-1, keepdim=True)
+    logits_SV[where_S] = logits / torch.from_numpy(columns.temperature_S[tempered]).to(logits.device)[:, None]
 
 
 def _flat(logits_SV: Tensor, packed_ids: Ints, starts: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import cast
 
 from gyrfalcon import errors
 from gyrfalcon.engine.interface import EngineEvent, EngineRequest, EngineStats, PromptEvent, TokenEvent
@@ -211,7 +210,7 @@ class Run:
         if stop_ids is None:
             width = self._model.engine.facts.vocab_size  # a tokenizer may know of ids that its model has no logit for
             stop_ids = tuple(id_ for id_ in self._model.tokenizer.eos_ids if id_ < width)
-        events = self._model.engine.generate(
+        return self._model.engine.generate(
             EngineRequest(
                 request_id=self._record.request_id,
                 prompt_ids=self._prompt.ids,
@@ -224,8 +223,6 @@ class Run:
                 top_n=self._valid.top_n,
             )
         )
-        # The engine's door promises an iterator that can be closed, which that type cannot say.
-        return cast(AsyncGenerator[list[EngineEvent], None], events)
 
     def _delta(self, event: TokenEvent) -> Delta:
         choice = event.choice

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from gyrfalcon.engine.interface import (
     EngineEvent,
@@ -71,7 +71,7 @@ class FakeEngine:
         self._prefill_tokens = 0
         self._num_steps = 0
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[list[EngineEvent]]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineEvent], None]:
         self._require_alive()
         self.requests.append(request)
         live = set(range(request.num_choices))

@@ -56,10 +56,15 @@ class FakeExecutor:
             self._cache[blocks, positions % block_size] = plan.token_ids_T[start : start + length]
             start += length
         columns = plan.samples
-        token_ids = [
-            fake_token(self._visible(plan, int(row)), int(seed) if samples else 0, self.facts.vocab_size)
-            for row, seed, samples in zip(columns.rows_S, columns.seeds_S, columns.do_sample_S, strict=True)
-        ]
+        token_ids = []
+        for sample, (row, seed, samples) in enumerate(
+            zip(columns.rows_S, columns.seeds_S, columns.do_sample_S, strict=True)
+        ):
+            banned = columns.banned_ids[columns.banned_starts[sample] : columns.banned_starts[sample + 1]]
+            token_id = fake_token(self._visible(plan, int(row)), int(seed) if samples else 0, self.facts.vocab_size)
+            while token_id in banned:
+                token_id = (token_id + 1) % self.facts.vocab_size
+            token_ids.append(token_id)
         scored = plan.scored_ids
         return StepResult(
             token_ids_S=np.array(token_ids, dtype=np.int32),

@@ -50,9 +50,9 @@ def stream(call: Call) -> Any:
 
 @cases.case
 def stop(call: Call) -> Any:
-    return generator(
-        call, stop_words=["e"], generation_kwargs={"max_new_tokens": 60, "return_full_text": False}
-    ).run(PROMPT)
+    return generator(call, stop_words=["e"], generation_kwargs={"max_new_tokens": 60, "return_full_text": False}).run(
+        PROMPT
+    )
 
 
 @cases.case

@@ -72,9 +72,7 @@ def best_of(call: Call) -> Any:
 
 @cases.case
 async def best_of_async(call: Call) -> Any:
-    return await async_client(call).generate(
-        PROMPT, best_of=3, do_sample=True, max_new_tokens=6, return_full_text=True
-    )
+    return await async_client(call).generate(PROMPT, best_of=3, do_sample=True, max_new_tokens=6, return_full_text=True)
 
 
 @cases.case

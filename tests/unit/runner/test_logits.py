@@ -48,7 +48,7 @@ def test_banned_ids_cannot_be_chosen_and_temperature_divides() -> None:
     logits = random_logits()
     processed = process_logits(logits.clone(), columns(3, banned=[[3], [], [1, 2]], temperature=[1, 2, 1]), NO_LAST)
     assert processed[0, 3] == processed[2, 1] == processed[2, 2] == -torch.inf
-    torch.testing.assert_close(processed[1], logits[1] / 2)
+    torch.testing.assert_close(processed[1].log_softmax(0), (logits[1] / 2).log_softmax(0))
     assert torch.isfinite(processed).sum() == 3 * WIDTH - 3
 
 
@@ -74,3 +74,12 @@ def test_a_watermark_touches_only_the_rows_that_ask_for_it() -> None:
     assert torch.equal(processed[[0, 2]], logits[[0, 2]])
     added = processed[1] - logits[1]
     assert {round(value, 4) for value in added.tolist()} == {0.0, 2.0}
+
+
+def test_a_temperature_near_zero_leaves_the_likeliest_token() -> None:
+    logits = random_logits()
+    processed = process_logits(logits.clone(), columns(3, temperature=[1e-40, 1e-6, 1e30]), NO_LAST)
+    probabilities = processed.softmax(dim=-1)
+    assert probabilities[0].argmax() == logits[0].argmax()
+    assert probabilities[:2].amax(dim=-1).tolist() == [1.0, 1.0]
+    torch.testing.assert_close(probabilities[2], torch.full((WIDTH,), 1 / WIDTH))
