@@ -6,16 +6,21 @@ READY := $(VENV)/.ready
 # Arguments for the command at hand: make serve ARGS="--port 9000", make test ARGS="-k scheduler".
 ARGS ?=
 
-.PHONY: serve test lint format types imports bench constraints wheel clean
+.PHONY: serve test clients lint format types imports bench constraints wheel clean
 
 # A few cores shared with other work are used best when each test stays on one of them.
-test: export OMP_NUM_THREADS ?= 1
+test clients: export OMP_NUM_THREADS ?= 1
 
 serve: $(READY)
 	$(BIN)/gyrfalcon serve $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# Real clients, each in a small environment of its own under .venv-clients, against a running server.
+clients: $(READY)
+	$(BIN)/python tools/client_environments.py
+	GYRFALCON_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -q tests/clients $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -50,5 +55,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

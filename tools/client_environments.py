@@ -94,7 +94,9 @@ def install(client: Client) -> bool:
 
 def pin(client: Client) -> bool:
     """Write the client's list from what pip chooses today; say whether it could."""
-    resolved = pip("install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", *client.wants, capture=True)
+    resolved = pip(
+        "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", *client.wants, capture=True
+    )
     if resolved.returncode != 0:
         return False
     without = {_normal(name) for name in client.without}

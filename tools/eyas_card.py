@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from eyas_corpus import Corpus
-from eyas_training import IGNORED, Loss, Recipe, Tokenized
+from eyas_training import IGNORED, Loss, Tokenized, Trainer
 
 GAP_TOKENS = 200
 TIGHT_GAPS = (0.001, 0.01, 0.1, 0.5)
@@ -107,13 +107,12 @@ class Checkpoint:
         """Gaps along greedy continuations of `GAP_PROMPTS`, which do not stop at the end of text."""
         values: list[float] = []
         for prompt in GAP_PROMPTS:
-            ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-            output = self.model.generate(
-                ids, max_new_tokens=GAP_TOKENS, do_sample=False, eos_token_id=-1, output_logits=True,
-                return_dict_in_generate=True, pad_token_id=0,
-            )  # fmt: skip
-            best_two = torch.stack(output.logits)[:, 0].topk(2).values
-            values += (best_two[:, 0] - best_two[:, 1]).tolist()
+            ids, cache = self.tokenizer(prompt, return_tensors="pt").input_ids, None
+            for _ in range(GAP_TOKENS):
+                output = self.model(ids, past_key_values=cache, use_cache=True)
+                best_two, ids = output.logits[:, -1].topk(2)
+                ids, cache = ids[:, :1], output.past_key_values
+                values.append((best_two[0, 0] - best_two[0, 1]).item())
         return Gaps(tuple(sorted(values)))
 
     def sample(self, prompt: str, *, max_new_tokens: int, temperature: float | None = None, seed: int = 0) -> Sample:
@@ -151,10 +150,10 @@ def write_card(
     corpus: Corpus,
     train: Sequence[Tokenized],
     held_out: Sequence[Tokenized],
-    recipe: Recipe,
-    log: Sequence[dict[str, float]],
+    trainer: Trainer,
 ) -> None:
     """Measure the checkpoint in `folder` and write its README.md."""
+    recipe, log = trainer.recipe, trainer.log
     checkpoint = Checkpoint(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     chat = [kind == "chat" for kind in (document.kind for document in corpus.held_out)]
@@ -165,7 +164,7 @@ def write_card(
     }
     gaps = checkpoint.gaps()
     plain, replies = checkpoint.samples()
-    last = log[-1]
+    last, lowest = log[-1], min(log, key=lambda line: line["held_out_loss"])
     parameters = sum(weight.numel() for weight in checkpoint.model.parameters())
     num_train, num_held_out = (sum(len(document.ids) for document in part) for part in (train, held_out))
     text = CARD.format(
@@ -203,6 +202,12 @@ def write_card(
         seed=recipe.seed,
         torch=torch.__version__.partition("+")[0],
         train_loss=f"{last['train_loss']:.3f}",
+        clock=CLOCK.format(minutes=f"{trainer.minutes:g}") if trainer.minutes else "",
+        course="\n".join(
+            f"| {line['step']} | {line['train_loss']:.3f} | {line['held_out_loss']:.3f} |" for line in log
+        ),
+        lowest_loss=f"{lowest['held_out_loss']:.3f}",
+        lowest_step=f"{lowest['step']:,}",
         losses="\n".join(loss_row(name, loss) for name, loss in losses.items()),
         gap_prompts=len(GAP_PROMPTS),
         gap_tokens=GAP_TOKENS,
@@ -234,6 +239,12 @@ def shown(sample: Sample) -> str:
     end = "" if sample.ended else " …"
     return f"{sample.method}:\n\n```text\n{sample.prompt}▸{sample.text}{end}\n```\n"
 
+
+CLOCK = """\
+This run had `--minutes {minutes}` as well. Where the clock is ahead of the steps the schedule follows the clock, so a
+repetition comes close to these weights but does not equal them bit for bit.
+
+"""
 
 CARD = """\
 ---
@@ -295,28 +306,37 @@ about them; paragraphs that also occur in the training part are removed from the
 
 ## Training
 
-{steps} steps{planned} of {tokens_per_step} tokens ({epochs} times over the data), {minutes} minutes on two shared CPU
-cores with torch {torch}: rows of {row_length} tokens, of {long_row_length} in the last {long_share}; float32 weights,
-bfloat16 arithmetic; Muon for the blocks' matrices at a peak rate of {matrix_rate}, AdamW for the rest at
-{embedding_rate}; {warmup} steps of warm-up, then a cosine; weight decay {decay}, gradients clipped at {clip}, dropout
-{dropout}, seed {seed}. To do it again:
+{steps} steps{planned} of {tokens_per_step} tokens ({epochs} times over the data), {minutes} minutes
+on two shared CPU cores with torch {torch}: rows of {row_length} tokens, of {long_row_length} in the last {long_share};
+float32 weights, bfloat16 arithmetic; Muon for the blocks' matrices at a peak rate of {matrix_rate}, AdamW for the rest
+at {embedding_rate}; {warmup} steps of warm-up, then a cosine; weight decay {decay}, gradients clipped at {clip},
+dropout {dropout}, seed {seed}. To do it again:
 
 ```sh
 OMP_WAIT_POLICY=passive python tools/train_eyas.py --compile --out src/gyrfalcon/eyas
 ```
 
-Another version of Python has other documents, and makes a slightly different model; another processor or number of
-threads rounds differently, and does so too.
+{clock}Another version of Python has other documents, and makes a slightly different model; another processor or
+number of threads rounds differently, and does so too.
 
 ## Measured
 
-On these files, in float32. Loss on the held-out documents, each read on its own from its beginning:
+On these files, in float32. Loss on the held-out documents, each read on its own from its beginning; it counts every
+token but a document's first, the end of text included:
 
 | held out | tokens | nats per token | perplexity | bits per byte |
 |---|---|---|---|---|
 {losses}
 
-The mean training loss at the end was {train_loss} nats per token: much of what it has read, it knows by heart.
+The mean training loss at the end was {train_loss} nats per token: much of what it has read, it knows by heart. On the
+way, in nats per token (training: mean of the steps since the line before):
+
+| step | training | held out |
+|---|---|---|
+{course}
+
+The lowest of these held-out losses, {lowest_loss}, was at step {lowest_step}; the shipped weights are those of the
+last step. For a demo, knowing its text by heart is worth some hundredths of held-out loss.
 
 Gap between the best and the second-best logit along greedy continuations of {gap_tokens} tokens of {gap_prompts}
 prompts, in float32, running on past the end of text. Two correct float32 implementations differ by some hundred

@@ -48,8 +48,7 @@ def main() -> None:
     train, held_out = (tokenize_documents(part, tokenizer) for part in (corpus.train, corpus.held_out))
     describe(corpus, train, held_out)
 
-    recipe = Recipe(steps=options.steps)
-    trainer = Trainer(Shape(), recipe, options.minutes, compiled=options.compile)
+    trainer = Trainer(Shape(), Recipe(steps=options.steps), options.minutes, compiled=options.compile)
     checkpoint = options.work / f"eyas-{corpus.sha256()[:12]}.pt"
     if checkpoint.exists():
         trainer.resume(checkpoint)
@@ -58,7 +57,7 @@ def main() -> None:
 
     export(trainer.model, tokenizer, options.out)
     compare_with_transformers(trainer.model, options.out)
-    write_card(options.out, corpus, train, held_out, recipe, trainer.log)
+    write_card(options.out, corpus, train, held_out, trainer)
     print(f"{num_parameters(trainer.model):,} parameters in {options.out}")
 
 

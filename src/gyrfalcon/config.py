@@ -28,7 +28,7 @@ SERVER = "Server"
 LIMITS = "Limits of a request"
 MEMORY = "Batching and memory"
 WATERMARK = "Watermark"
-LOGS = "Logs"
+LOGS = "Logs and traces"
 
 
 def _setting(
@@ -252,6 +252,16 @@ class Settings:
         LOGS,
         "Least severity that is logged.",
         variables=("LOG_LEVEL",),
+    )
+    otlp_endpoint: str | None = _setting(
+        None,
+        options.optional(options.text()),
+        LOGS,
+        "URL of an OpenTelemetry collector that takes OTLP over HTTP; traces are exported there.",
+        variables=("OTLP_ENDPOINT",),
+    )
+    otlp_service_name: str = _setting(
+        "gyrfalcon", options.text(), LOGS, "The server's name in traces.", variables=("OTLP_SERVICE_NAME",)
     )
 
     def __post_init__(self) -> None:

@@ -202,7 +202,6 @@ _ONE_DEVICE = "one model runs on one device in this version"
 _ROPE = "positions are scaled as the checkpoint's config.json says"
 _JOINING = "waiting requests join at every step, as soon as the cache and --max-batch-prefill-tokens have room"
 _NO_TUNNEL = "no tunnel is opened"
-_NO_TRACES = "this version exports no traces"
 _NO_SHARDS = "there are no shards to talk to"
 _HUB = "Read by the Hugging Face Hub library."
 _QUANTISATIONS = """
@@ -327,8 +326,12 @@ LAUNCHER_OPTIONS: tuple[LauncherOption, ...] = (
         remedy='write "rope_scaling": {"rope_type": "linear", "factor": ...} into the checkpoint\'s config.json',
     ),
     _honoured("--json-output", "json_output"),
-    _no_effect("--otlp-endpoint", options.text(), _NO_TRACES),
-    _no_effect("--otlp-service-name", options.text(), _NO_TRACES, "text-generation-inference.router"),
+    _honoured(
+        "--otlp-endpoint",
+        "otlp_endpoint",
+        note="URL of an OpenTelemetry collector that takes OTLP over HTTP (port 4318, not gRPC's 4317).",
+    ),
+    _honoured("--otlp-service-name", "otlp_service_name", default="text-generation-inference.router"),
     _honoured("--cors-allow-origin", "cors_allow_origin"),
     _honoured("--api-key", "api_key"),
     _honoured("--watermark-gamma", "watermark_gamma"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
@@ -22,8 +23,8 @@ from gyrfalcon.http.auth import ApiKeyMiddleware, routed_path
 from gyrfalcon.http.openapi import openapi_document
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import json_response
+from gyrfalcon.metrics import METRICS_CONTENT_TYPE, Metrics
 from gyrfalcon.service.interface import TextService
-from gyrfalcon.telemetry import METRICS_CONTENT_TYPE, Metrics
 
 DESCRIPTION = "Text generation over the APIs of Hugging Face text-generation-inference and KAITO."
 # The documentation page's script and style, from a package that carries them: it works without a network.
@@ -99,7 +100,8 @@ def create_app(
 
 def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
     async def render_metrics() -> Response:
-        return Response(metrics.render(), headers={"Content-Type": METRICS_CONTENT_TYPE})
+        # Thousands of lines: in a thread, so that streams go on meanwhile.
+        return Response(await asyncio.to_thread(metrics.render), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     app.add_api_route(
         "/metrics",

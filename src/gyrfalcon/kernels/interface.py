@@ -7,8 +7,8 @@ Every operation returns its result in its input's dtype unless it says otherwise
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ class AttentionInputs:
     context_lens: npt.NDArray[np.int32]  # [R], host; tokens in the cache before this step
     block_tables_RW: Tensor  # int64, device; block of positions w*S .. w*S + S-1
     slot_mapping_T: Tensor  # int64, device; flat slot (block * S + offset) of each token of the step
+    derived: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What a table of operations works out from the rest in a step's first layer and keeps for the others."""
 
 
 class Ops(Protocol):

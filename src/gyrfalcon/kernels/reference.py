@@ -37,6 +37,9 @@ _TILE_SCORES = 1 << 19
 _GATHERED_ELEMENTS = 1 << 22
 
 
+_Rows = np.ndarray[tuple[int], np.dtype[np.intp]]
+
+
 @dataclass(frozen=True, slots=True)
 class _RunningSoftmax:
     """Softmax-weighted sums over the partitions seen so far, merged in ascending order of position."""
@@ -47,12 +50,13 @@ class _RunningSoftmax:
 
     @classmethod
     def start(cls, q_NKQGE: Tensor) -> _RunningSoftmax:
+        """Sums whose values do not matter: the first partition replaces them."""
         num_rows, num_kv_heads, num_queries, group, head_size = q_NKQGE.shape
         shape = (num_rows, num_kv_heads, num_queries * group)
         return cls(
-            maximum_NKM1=q_NKQGE.new_full((*shape, 1), float("-inf")),
-            total_NKM1=q_NKQGE.new_zeros((*shape, 1)),
-            weighted_NKME=q_NKQGE.new_zeros((*shape, head_size)),
+            maximum_NKM1=q_NKQGE.new_empty((*shape, 1)),
+            total_NKM1=q_NKQGE.new_empty((*shape, 1)),
+            weighted_NKME=q_NKQGE.new_empty((*shape, head_size)),
         )
 
     def part(self, rows: slice, products: slice) -> _RunningSoftmax:
@@ -64,9 +68,18 @@ class _RunningSoftmax:
         )
 
     def add(
-        self, q_NKQGE: Tensor, k_NKPE: Tensor, v_NKPE: Tensor, hidden_NQP: Tensor | None, bias_KGP: Tensor | None
+        self,
+        q_NKQGE: Tensor,
+        k_NKPE: Tensor,
+        v_NKPE: Tensor,
+        hidden_NQP: Tensor | None,
+        bias_KGP: Tensor | None,
+        *,
+        is_first: bool,
     ) -> None:
         """Add one partition. Where `hidden_NQP` is true a key has no weight at all, whatever the cache holds there.
+
+        is_first: positions from 0 on, of which every query sees at least one.
 
         A query to which the whole partition is hidden keeps its sums bit for bit: its maximum stays, so they are
         multiplied by exp(0) = 1 and added to 0.
@@ -84,13 +97,22 @@ class _RunningSoftmax:
         if hidden_NQP is not None:
             scores_NKQGP.masked_fill_(hidden_NQP[:, None, :, None], float("-inf"))
         scores_NKMP = scores.view(num_rows, num_kv_heads, num_queries * group, width)
-        maximum_NKM1 = torch.maximum(self.maximum_NKM1, scores_NKMP.amax(dim=-1, keepdim=True))
+        maximum_NKM1 = scores_NKMP.amax(dim=-1, keepdim=True)
+        if not is_first:
+            torch.maximum(self.maximum_NKM1, maximum_NKM1, out=maximum_NKM1)
         weights_NKMP = scores_NKMP.sub_(maximum_NKM1).exp_()
+        added = torch.bmm(weights_NKMP.view(batch, -1, width), v_NKPE.reshape(batch, width, head_size))
+        added_NKME = added.view(num_rows, num_kv_heads, -1, head_size)
+        total_NKM1 = weights_NKMP.sum(dim=-1, keepdim=True)
+        if is_first:
+            self.maximum_NKM1.copy_(maximum_NKM1)
+            self.total_NKM1.copy_(total_NKM1)
+            self.weighted_NKME.copy_(added_NKME)
+            return
         decay_NKM1 = (self.maximum_NKM1 - maximum_NKM1).exp_()
         self.maximum_NKM1.copy_(maximum_NKM1)
-        self.total_NKM1.mul_(decay_NKM1).add_(weights_NKMP.sum(dim=-1, keepdim=True))
-        added = torch.bmm(weights_NKMP.view(batch, -1, width), v_NKPE.reshape(batch, width, head_size))
-        self.weighted_NKME.mul_(decay_NKM1).add_(added.view(num_rows, num_kv_heads, -1, head_size))
+        self.total_NKM1.mul_(decay_NKM1).add_(total_NKM1)
+        self.weighted_NKME.mul_(decay_NKM1).add_(added_NKME)
 
     def result(self) -> Tensor:
         """The weighted means: [N, K, M, E], float32."""
@@ -154,12 +176,16 @@ class ReferenceOps:
         num_kv_heads = cache.k_BSKE.shape[2]
         q_TKGE = (q_THE.float() * scale).view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_size)
         bias = None if alibi_slopes_H is None else _AlibiBias(alibi_slopes_H, scale, num_kv_heads)
-        tables_RW = _cut_into_partitions(inputs.block_tables_RW, cache)
         query_lens = np.diff(inputs.query_starts)
         out_TKGE = torch.empty_like(q_TKGE)
-        _attend_decodes(q_TKGE, out_TKGE, cache, inputs, np.flatnonzero(query_lens == 1), tables_RW, bias)
-        for row in np.flatnonzero(query_lens > 1):
-            _attend_prefill(q_TKGE, out_TKGE, cache, inputs, int(row), tables_RW, bias)
+        if (decoding := np.flatnonzero(query_lens == 1)).size:
+            if "reference decodes" not in inputs.derived:
+                inputs.derived["reference decodes"] = _plan_decodes(inputs, cache, decoding)
+            _attend_decodes(q_TKGE, out_TKGE, cache, inputs.derived["reference decodes"], bias)
+        if (prefilling := np.flatnonzero(query_lens > 1)).size:
+            tables_RW = _cut_into_partitions(inputs.block_tables_RW, cache)
+            for row in prefilling:
+                _attend_prefill(q_TKGE, out_TKGE, cache, inputs, int(row), tables_RW, bias)
         return out_TKGE.view(num_tokens, num_heads, head_size).to(q_THE.dtype)
 
 
@@ -175,47 +201,70 @@ class _AlibiBias:
         return (self._slopes_KG[:, :, None] * positions_P.to(torch.bfloat16)).float() * self._scale
 
 
-def _attend_decodes(
-    q_TKGE: Tensor,
-    out_TKGE: Tensor,
-    cache: LayerCache,
-    inputs: AttentionInputs,
-    rows: np.ndarray[tuple[int], np.dtype[np.intp]],
-    tables_RW: Tensor,
-    bias: _AlibiBias | None,
-) -> None:
-    """Rows with one query token: all of them together, one product per partition (and per gatherful of keys)."""
-    if rows.size == 0:
-        return
+@dataclass(frozen=True, slots=True)
+class _DecodePart:
+    """Some decode rows and one partition of their keys."""
+
+    begin: int  # first position of the partition
+    rows: slice  # among the decode rows, longest first
+    blocks: Tensor  # their blocks in the partition, row by row
+    positions_P: Tensor
+    hidden_NP: Tensor | None  # positions past a row's own; None where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodePlan:
+    """The rows with one query token, and what they read: the same in every layer of a step."""
+
+    tokens_N: Tensor  # their places among the step's tokens, longest row first
+    parts: tuple[_DecodePart, ...]  # in ascending order of position
+
+
+def _plan_decodes(inputs: AttentionInputs, cache: LayerCache, rows: _Rows) -> _DecodePlan:
     # Longest first: the rows that reach a partition are then the first ones, those that end inside it the last ones.
     rows = rows[np.argsort(-inputs.context_lens[rows], kind="stable")]
     own_positions = inputs.context_lens[rows]
-    device = q_TKGE.device
-    tokens_N = torch.from_numpy(inputs.query_starts[rows].astype(np.int64)).to(device)
-    tables_NW = tables_RW[torch.from_numpy(rows.astype(np.int64)).to(device)]
+    device = inputs.block_tables_RW.device
+    tables_NW = _cut_into_partitions(inputs.block_tables_RW, cache)[torch.from_numpy(rows.astype(np.int64)).to(device)]
     own_positions_N = torch.from_numpy(own_positions.astype(np.int64)).to(device)
-    _, num_kv_heads, group, head_size = q_TKGE.shape
-    q_NKQGE = q_TKGE.new_zeros((rows.size, num_kv_heads, _queries_for_a_product(group), group, head_size))
-    q_NKQGE[:, :, 0] = q_TKGE[tokens_N]
-    sums = _RunningSoftmax.start(q_NKQGE)
     width = _partition_width(cache)
-    rows_at_once = max(1, _GATHERED_ELEMENTS // (width * num_kv_heads * head_size))
-    everything = slice(None)
+    rows_at_once = max(1, _GATHERED_ELEMENTS // (width * cache.k_BSKE.shape[2] * cache.k_BSKE.shape[3]))
+    parts = []
     for begin in range(0, int(own_positions[0]) + 1, width):
         num_reaching = int(np.count_nonzero(own_positions >= begin))
         num_whole = int(np.count_nonzero(own_positions >= begin + width - 1))
         positions_P = torch.arange(begin, begin + width, device=device)
-        bias_KGP = None if bias is None else bias.at(positions_P)
         for first in range(0, num_reaching, rows_at_once):
             some = slice(first, min(first + rows_at_once, num_reaching))
-            k_NKPE, v_NKPE = _gather(cache, tables_NW[some], begin, width)
-            hidden_NQP = None
-            if some.stop > num_whole:
-                hidden_NP = positions_P > own_positions_N[some, None]
-                v_NKPE.masked_fill_(hidden_NP[:, None, :, None], 0.0)
-                hidden_NQP = hidden_NP[:, None]
-            sums.part(some, everything).add(q_NKQGE[some], k_NKPE, v_NKPE, hidden_NQP, bias_KGP)
-    out_TKGE[tokens_N] = sums.result()[:, :, :group]
+            hidden_NP = positions_P > own_positions_N[some, None] if some.stop > num_whole else None
+            blocks = _blocks_of(cache, tables_NW[some], begin, width)
+            parts.append(_DecodePart(begin, some, blocks, positions_P, hidden_NP))
+    tokens_N = torch.from_numpy(inputs.query_starts[rows].astype(np.int64)).to(device)
+    return _DecodePlan(tokens_N, tuple(parts))
+
+
+def _attend_decodes(
+    q_TKGE: Tensor, out_TKGE: Tensor, cache: LayerCache, plan: _DecodePlan, bias: _AlibiBias | None
+) -> None:
+    """Rows with one query token: all of them together, one product per partition (and per gatherful of keys)."""
+    _, num_kv_heads, group, head_size = q_TKGE.shape
+    num_rows, num_queries = len(plan.tokens_N), _queries_for_a_product(group)
+    q_NKQGE = q_TKGE.index_select(0, plan.tokens_N)[:, :, None]
+    if num_queries > 1:
+        padded_NKQGE = q_TKGE.new_zeros((num_rows, num_kv_heads, num_queries, group, head_size))
+        padded_NKQGE[:, :, :1] = q_NKQGE
+        q_NKQGE = padded_NKQGE
+    sums = _RunningSoftmax.start(q_NKQGE)
+    for part in plan.parts:
+        k_NKPE, v_NKPE = _gather(cache, part.blocks, _partition_width(cache))
+        hidden_NQP = None
+        if part.hidden_NP is not None:
+            v_NKPE.masked_fill_(part.hidden_NP[:, None, :, None], 0.0)
+            hidden_NQP = part.hidden_NP[:, None]
+        bias_KGP = None if bias is None else bias.at(part.positions_P)
+        some = sums.part(part.rows, slice(None))
+        some.add(q_NKQGE[part.rows], k_NKPE, v_NKPE, hidden_NQP, bias_KGP, is_first=part.begin == 0)
+    out_TKGE.index_copy_(0, plan.tokens_N, sums.result()[:, :, :group])
 
 
 def _attend_prefill(
@@ -240,7 +289,7 @@ def _attend_prefill(
     width = _partition_width(cache)
     tile = max(2 * fewest, _TILE_SCORES // (width * num_kv_heads * group))
     for begin in range(0, context_len + num_tokens, width):
-        k_NKPE, v_NKPE = _gather(cache, tables_RW[row : row + 1], begin, width)
+        k_NKPE, v_NKPE = _gather(cache, _blocks_of(cache, tables_RW[row : row + 1], begin, width), width)
         v_NKPE[:, :, max(0, context_len + num_tokens - begin) :] = 0.0
         positions_P = torch.arange(begin, begin + width, device=q_TKGE.device)
         bias_KGP = None if bias is None else bias.at(positions_P)
@@ -250,7 +299,8 @@ def _attend_prefill(
             if context_len + a < begin + width - 1:
                 hidden_NQP = (positions_P > positions_Q[a:b, None])[None]
             products = slice(a * group, b * group)
-            sums.part(slice(None), products).add(q_NKQGE[:, :, a:b], k_NKPE, v_NKPE, hidden_NQP, bias_KGP)
+            tiled = sums.part(slice(None), products)
+            tiled.add(q_NKQGE[:, :, a:b], k_NKPE, v_NKPE, hidden_NQP, bias_KGP, is_first=begin == 0)
     result_KQGE = sums.result().view(num_kv_heads, num_queries, group, head_size)
     out_TKGE[start:stop] = result_KQGE[:, :num_tokens].transpose(0, 1)
 
@@ -272,11 +322,15 @@ def _cut_into_partitions(tables_RW: Tensor, cache: LayerCache) -> Tensor:
     return F.pad(tables_RW, (0, -tables_RW.shape[1] % blocks_in_partition))
 
 
-def _gather(cache: LayerCache, tables_NW: Tensor, begin: int, width: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the positions begin .. begin + width - 1: fresh float32 tensors [N, K, P, E]."""
-    _, block_size, num_kv_heads, head_size = cache.k_BSKE.shape
-    blocks = tables_NW[:, begin // block_size : (begin + width) // block_size].flatten()
-    shape = (tables_NW.shape[0], width, num_kv_heads, head_size)
+def _blocks_of(cache: LayerCache, tables_NW: Tensor, begin: int, width: int) -> Tensor:
+    """The rows' blocks that hold the positions begin .. begin + width - 1, row by row."""
+    block_size = cache.k_BSKE.shape[1]
+    return tables_NW[:, begin // block_size : (begin + width) // block_size].flatten()
+
+
+def _gather(cache: LayerCache, blocks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of some rows' blocks in one partition: fresh float32 tensors [N, K, P, E]."""
+    shape = (-1, width, *cache.k_BSKE.shape[2:])
 
     def take(blocks_BSKE: Tensor) -> Tensor:
         taken_NKPE = blocks_BSKE.index_select(0, blocks).view(shape).transpose(1, 2)

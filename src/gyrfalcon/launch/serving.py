@@ -20,13 +20,14 @@ from gyrfalcon.http.app import create_app
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.hub import Checkpoint, locate_checkpoint
 from gyrfalcon.launch.child import CoreRecipe
+from gyrfalcon.metrics import Metrics
 from gyrfalcon.service.chat import load_chat_template
 from gyrfalcon.service.generation import GenerationService
 from gyrfalcon.service.interface import ModelInfo, TextService
 from gyrfalcon.service.models import ModelTable, ServedModel
 from gyrfalcon.service.tokenizer import load_tokenizer
 from gyrfalcon.service.validation import resolve_limits
-from gyrfalcon.telemetry import Metrics
+from gyrfalcon.tracing import Tracer, start_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,10 @@ async def _open(
     # The text side is read first: what is missing there is known in a moment, the weights may take minutes.
     tokenizer = load_tokenizer(checkpoint.folder)
     chat_template = load_chat_template(checkpoint.folder, tokenizer, settings.tokenizer_config_path)
+    metrics = Metrics()
     async with AsyncExitStack() as stack:
-        engine = await _start_engine(settings, checkpoint, on_progress, on_give_up)
+        tracer = _start_tracer(settings, stack)
+        engine = await _start_engine(settings, checkpoint, metrics, on_progress, on_give_up)
         stack.push_async_callback(engine.close)
         limits = resolve_limits(
             engine.facts,
@@ -92,26 +95,48 @@ async def _open(
                 gamma=settings.watermark_gamma, delta=settings.watermark_delta, key=settings.watermark_key
             ),
         )
-        metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
+        metrics.limits_known(
+            max_input_tokens=limits.max_input_tokens,
+            max_total_tokens=limits.max_total_tokens,
+            cache_tokens=engine.facts.cache_tokens,
+        )
         service = GenerationService(
             ModelTable([model], strict_names=settings.strict_model_names),
             metrics,
             max_concurrent_requests=settings.max_concurrent_requests,
+            tracer=tracer,
         )
         metrics.watch_engines(service.stats)
+        watching = asyncio.create_task(metrics.watch_event_loop(), name="event-loop-watch")
+        stack.callback(watching.cancel)
         yield service, metrics
 
 
 async def _start_engine(
-    settings: Settings, checkpoint: Checkpoint, on_progress: OnProgress, on_give_up: Callable[[], None]
+    settings: Settings,
+    checkpoint: Checkpoint,
+    metrics: Metrics,
+    on_progress: OnProgress,
+    on_give_up: Callable[[], None],
 ) -> Engine:
     recipe = CoreRecipe(settings, checkpoint.folder)
     if settings.engine == "process":
-        return await ProcessEngine.start(recipe, on_progress=on_progress, on_give_up=on_give_up)
+        return await ProcessEngine.start(
+            recipe, on_progress=on_progress, on_step=metrics.step_ended, on_give_up=on_give_up
+        )
     # Only here, as the engine in this process brings torch along.
     from gyrfalcon.engine.local import LocalEngine
 
-    return LocalEngine(await asyncio.to_thread(recipe, on_progress))
+    return LocalEngine(await asyncio.to_thread(recipe, on_progress), on_step=metrics.step_ended)
+
+
+def _start_tracer(settings: Settings, stack: AsyncExitStack) -> Tracer | None:
+    """The tracer that the settings ask for; what it still holds is exported when the stack is left."""
+    if settings.otlp_endpoint is None:
+        return None
+    tracer = start_tracer(settings.otlp_endpoint, settings.otlp_service_name)
+    stack.push_async_callback(asyncio.to_thread, tracer.close)
+    return tracer
 
 
 async def _serve(

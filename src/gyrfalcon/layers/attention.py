@@ -33,10 +33,10 @@ class Attention:
     ) -> Tensor:
         """Store the step's keys and values in `cache`, then attend: [T, D]. `rotation`: None for ALiBi models."""
         heads_TNE = self.qkv.forward(x_TD, ops).view(x_TD.shape[0], -1, self.head_size)
-        q_THE, k_TKE, v_TKE = torch.split(heads_TNE, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        queries_and_keys_TNE, v_TKE = torch.split(heads_TNE, [self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
         if rotation is not None:
-            q_THE = ops.rotate(q_THE, rotation.cos_TE, rotation.sin_TE)
-            k_TKE = ops.rotate(k_TKE, rotation.cos_TE, rotation.sin_TE)
+            queries_and_keys_TNE = ops.rotate(queries_and_keys_TNE, rotation.cos_TE, rotation.sin_TE)
+        q_THE, k_TKE = torch.split(queries_and_keys_TNE, [self.num_heads, self.num_kv_heads], 1)
         ops.write_kv(k_TKE, v_TKE, cache, inputs.slot_mapping_T)
         scale = self.head_size**-0.5
         attended_THE = ops.attend(q_THE, cache, inputs, scale, self.alibi_slopes_H)

@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 
 from gyrfalcon import errors
 from gyrfalcon.engine.interface import EngineEvent, EngineRequest, EngineStats, PromptEvent, TokenEvent
+from gyrfalcon.metrics import Metrics
 from gyrfalcon.service.detokenizer import Detokenizer
 from gyrfalcon.service.interface import (
     ChatPrompt,
@@ -35,21 +36,28 @@ from gyrfalcon.service.validation import (
     ValidCall,
     check,
     check_encodable,
+    check_messages,
     count_choices,
     fit,
 )
-from gyrfalcon.telemetry import Metrics, RequestRecord, new_request_id
+from gyrfalcon.telemetry import RequestRecord, log_request, new_request_id
+from gyrfalcon.tracing import Tracer, trace_id_of
 
 # Tokenising fewer characters takes well under a millisecond, less than a thread's round trip is worth.
 SHORT_TEXT_CHARS = 2000
+LONGEST_LABEL = 200  # characters of a caller's own text in records
 
 
 class GenerationService:
     """The `TextService` over one engine a model."""
 
-    def __init__(self, models: ModelTable, metrics: Metrics, *, max_concurrent_requests: int) -> None:
+    def __init__(
+        self, models: ModelTable, metrics: Metrics, *, max_concurrent_requests: int, tracer: Tracer | None = None
+    ) -> None:
+        """tracer: makes spans of every request; None makes none."""
         self._models = models
         self._metrics = metrics
+        self._tracer = tracer
         self._admission = Admission(max_concurrent_requests)
 
     @property
@@ -84,6 +92,11 @@ class GenerationService:
             return tokenizer.spans(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.spans, text, add_special_tokens=add_special_tokens)
 
+    async def render_chat(self, prompt: ChatPrompt, *, model: str | None = None) -> str:
+        served = self._models.resolve(model)
+        check_messages(prompt.messages, served.limits)
+        return await _render(prompt, served)
+
     async def health(self) -> EngineHealth:
         for model in self._models.all:
             health = await model.engine.health()
@@ -100,7 +113,7 @@ class GenerationService:
     @asynccontextmanager
     async def _run(self, call: GenerateCall, *, is_stream: bool) -> AsyncIterator[Run]:
         """Admit the call and prepare it; on leaving, give the permit back and record how it went."""
-        record = _Record(call.request_id or new_request_id())
+        record = _Record(call, self._metrics)
         self._metrics.request_begins()
         try:
             if is_stream:
@@ -111,7 +124,7 @@ class GenerationService:
                 valid = check(call, model.limits, model.watermark)
                 prompt = await _tokenize(valid, model)
                 self._metrics.prompt_admitted(len(prompt.ids), prompt.max_new_tokens)
-                record.validated(prompt)
+                record.validated(valid, prompt)
                 yield Run(valid, prompt, model, record)
                 record.outcome = "success"
         except errors.TemplateError:
@@ -130,7 +143,9 @@ class GenerationService:
             record.outcome = "generation"
             raise
         finally:
-            self._metrics.request_ends(record.freeze())
+            ended = record.freeze()
+            self._metrics.request_ends(ended)
+            log_request(ended, self._tracer.trace(ended) if self._tracer else trace_id_of(ended.trace_headers))
 
 
 class Admission:
@@ -178,6 +193,7 @@ class Run:
                     elif not self._is_ended[event.choice]:
                         deltas.append(self._delta(event))
                 if deltas:
+                    self._record.tokens_came()
                     yield deltas
                 if all(self._is_ended):  # some by a stop string: leaving the block aborts what the engine still runs
                     return
@@ -271,38 +287,58 @@ class Run:
 class _Record:
     """What is known so far of how a request goes; its owner is the block that `GenerationService._run` opens."""
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, call: GenerateCall, metrics: Metrics) -> None:
+        self.request_id = call.request_id or new_request_id()
         self.outcome = "generation"
         self.model: str | None = None
         self.queue_s: float | None = None
         self.num_generated_tokens = 0
         self.finish_reason: str | None = None
+        self._call = call
+        self._metrics = metrics
+        self._num_choices: int | None = None
         self._prompt: FittedPrompt | None = None
         self._validation_s: float | None = None
-        self._arrived = time.perf_counter()
+        self._first_token_s: float | None = None
+        self._arrived = self._newest = time.perf_counter()
 
-    def validated(self, prompt: FittedPrompt) -> None:
+    def validated(self, valid: ValidCall, prompt: FittedPrompt) -> None:
+        self._num_choices = valid.num_choices
         self._prompt = prompt
         self._validation_s = time.perf_counter() - self._arrived
+
+    def tokens_came(self) -> None:
+        """Tokens that were ready together are about to be handed out."""
+        now = time.perf_counter()
+        if self._first_token_s is None:
+            self._first_token_s = now - self._arrived
+            self._metrics.first_token(self._first_token_s)
+        else:
+            self._metrics.token_gap(now - self._newest)
+        self._newest = now
 
     def timings(self) -> Timings:
         record = self.freeze()
         return Timings(record.validation_s or 0.0, record.queue_s or 0.0, record.inference_s or 0.0, record.total_s)
 
     def freeze(self) -> RequestRecord:
-        prompt = self._prompt
+        prompt, asked = self._prompt, self._call.model
         return RequestRecord(
             request_id=self.request_id,
             outcome=self.outcome,
+            requested_model=None if asked is None else asked[:LONGEST_LABEL],
             model=self.model,
+            is_chat=isinstance(self._call.prompt, ChatPrompt),
+            num_choices=self._num_choices,
             num_prompt_tokens=None if prompt is None else len(prompt.ids),
             max_new_tokens=None if prompt is None else prompt.max_new_tokens,
             num_generated_tokens=self.num_generated_tokens,
             finish_reason=self.finish_reason,
             validation_s=self._validation_s,
             queue_s=self.queue_s,
+            first_token_s=self._first_token_s,
             total_s=time.perf_counter() - self._arrived,
+            trace_headers=self._call.trace_headers,
         )
 
 

@@ -67,6 +67,7 @@ class GenerateCall:
     prefix: str | None = None  # put in front of a text prompt before tokenising; never part of any answer
     model: str | None = None
     request_id: str | None = None  # made by the service when None; never taken from a client
+    trace_headers: tuple[tuple[str, str], ...] = ()  # the caller's W3C trace context: names and values
 
     max_new_tokens: int | None = None  # wins over max_length; both None: the server's default
     max_length: int | None = None  # prompt and new tokens together; a prefix's own tokens are not counted
@@ -238,6 +239,10 @@ class TextService(Protocol):
         self, text: str, *, model: str | None = None, add_special_tokens: bool = True
     ) -> tuple[TextSpan, ...]:
         """The text's tokens; no limit on their number applies."""
+        ...
+
+    async def render_chat(self, prompt: ChatPrompt, *, model: str | None = None) -> str:
+        """The conversation as the text that the model's template makes of it. Raises TemplateError."""
         ...
 
     async def health(self) -> EngineHealth:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gyrfalcon.engine.interface import EngineFacts, SamplingParams, WatermarkParams
 from gyrfalcon.errors import InvalidRequest, PromptTooLong, SettingsError
-from gyrfalcon.service.interface import ChatPrompt, GenerateCall, TokenPrompt
+from gyrfalcon.service.interface import ChatMessage, ChatPrompt, GenerateCall, TokenPrompt
 
 SEED_RANGE = 2**64
 # Reported seeds survive clients whose JSON numbers are doubles.
@@ -170,6 +170,16 @@ def check_encodable(parameter: str, text: str) -> None:
         ) from None
 
 
+def check_messages(messages: Sequence[ChatMessage], limits: Limits) -> None:
+    """Judge a conversation before its template sees it."""
+    if not messages:
+        raise InvalidRequest("messages", "`messages` must not be empty")
+    if len(messages) > limits.max_messages:
+        raise InvalidRequest("messages", f"`messages` may have {limits.max_messages} entries. Given: {len(messages)}")
+    for message in messages:
+        check_encodable("messages", message.role + message.content)
+
+
 def fit(valid: ValidCall, prompt_ids: Sequence[int], num_prefix_tokens: int, limits: Limits) -> FittedPrompt:
     """Decide how many tokens are generated, and of the prompt kept where its start may be dropped.
 
@@ -304,14 +314,7 @@ def _check_prompt(call: GenerateCall, limits: Limits) -> None:
                 raise InvalidRequest("prompt", "`prompt` must not be empty")
             num_chars = 0
         case ChatPrompt(messages):
-            if not messages:
-                raise InvalidRequest("messages", "`messages` must not be empty")
-            if len(messages) > limits.max_messages:
-                raise InvalidRequest(
-                    "messages", f"`messages` may have {limits.max_messages} entries. Given: {len(messages)}"
-                )
-            for message in messages:
-                check_encodable("messages", message.role + message.content)
+            check_messages(messages, limits)
             num_chars = sum(len(message.content) for message in messages)
         case str(text):
             if not text:

@@ -8,10 +8,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gyrfalcon.engine.interface import Engine
+from gyrfalcon.metrics import Metrics
 from gyrfalcon.service.generation import GenerationService
 from gyrfalcon.service.models import ModelTable, load_served_model
 from gyrfalcon.service.validation import Limits, resolve_limits
-from gyrfalcon.telemetry import Metrics
+from gyrfalcon.tracing import Tracer
 
 SPECIAL_TOKENS = ("<|pad|>", "<|user|>", "<|endoftext|>")
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105  (a token of text, not a secret)
@@ -59,11 +60,17 @@ def text_service(
     name: str = "tiny",
     limits: Limits | None = None,
     max_concurrent_requests: int = 128,
+    tracer: Tracer | None = None,
 ) -> tuple[GenerationService, Metrics]:
     """A service of one model, whose text side is in the folder, and its metrics."""
     limits = limits or resolve_limits(engine.facts, max_concurrent_requests=max_concurrent_requests)
-    metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
+    metrics = Metrics()
+    metrics.limits_known(
+        max_input_tokens=limits.max_input_tokens,
+        max_total_tokens=limits.max_total_tokens,
+        cache_tokens=engine.facts.cache_tokens,
+    )
     models_ = ModelTable([load_served_model(name, folder, engine, limits)])
-    service = GenerationService(models_, metrics, max_concurrent_requests=limits.max_concurrent_requests)
+    service = GenerationService(models_, metrics, max_concurrent_requests=limits.max_concurrent_requests, tracer=tracer)
     metrics.watch_engines(service.stats)
     return service, metrics

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
-from harness import LONG_PROMPT, PROMPT, SAMPLING, Call, Cases, occupied, until_idle
+from harness import (
+    ENDLESS,
+    ENDLESS_PROMPT,
+    LONG_PROMPT,
+    PROMPT,
+    SAMPLING,
+    Call,
+    Cases,
+    num_dropped,
+    occupied,
+    until_dropped,
+)
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 
 cases = Cases()
@@ -20,8 +32,15 @@ def async_client(call: Call) -> AsyncInferenceClient:
     return AsyncInferenceClient(call.url, token=call.key, headers=call.marker, timeout=60)
 
 
-async def collect(call: Call, prompt: str, **parameters: Any) -> list[Any]:
-    return [item async for item in await async_client(call).text_generation(prompt, stream=True, **parameters)]
+def collect(call: Call, prompt: str, **parameters: Any) -> list[Any]:
+    """A stream's items. The client is held: newer releases close their connections when they are collected."""
+    held = client(call)
+    return list(held.text_generation(prompt, stream=True, **parameters))
+
+
+async def collect_async(call: Call, prompt: str, **parameters: Any) -> list[Any]:
+    held = async_client(call)
+    return [item async for item in await held.text_generation(prompt, stream=True, **parameters)]
 
 
 @cases.case
@@ -56,22 +75,22 @@ def text_alone(call: Call) -> Any:
 
 @cases.case
 def stream_of_text(call: Call) -> Any:
-    return list(client(call).text_generation(PROMPT, stream=True, max_new_tokens=12))
+    return collect(call, PROMPT, max_new_tokens=12)
 
 
 @cases.case
 async def stream_of_text_async(call: Call) -> Any:
-    return await collect(call, PROMPT, max_new_tokens=12)
+    return await collect_async(call, PROMPT, max_new_tokens=12)
 
 
 @cases.case
 def stream_of_details(call: Call) -> Any:
-    return list(client(call).text_generation(PROMPT, stream=True, details=True, return_full_text=True, **PARAMETERS))
+    return collect(call, PROMPT, details=True, return_full_text=True, **PARAMETERS)
 
 
 @cases.case
 async def stream_of_details_async(call: Call) -> Any:
-    return await collect(call, PROMPT, details=True, return_full_text=True, **PARAMETERS)
+    return await collect_async(call, PROMPT, details=True, return_full_text=True, **PARAMETERS)
 
 
 @cases.case
@@ -115,12 +134,12 @@ async def too_long_async(call: Call) -> Any:
 
 @cases.case
 def too_long_stream(call: Call) -> Any:
-    return list(client(call).text_generation(LONG_PROMPT, stream=True))
+    return collect(call, LONG_PROMPT)
 
 
 @cases.case
 async def too_long_stream_async(call: Call) -> Any:
-    return await collect(call, LONG_PROMPT)
+    return await collect_async(call, LONG_PROMPT)
 
 
 @cases.case
@@ -148,7 +167,7 @@ async def overloaded_async(call: Call) -> Any:
 @cases.case
 def overloaded_stream(call: Call) -> Any:
     with occupied(call, 4):
-        return list(client(call).text_generation(PROMPT, stream=True))
+        return collect(call, PROMPT)
 
 
 @cases.case
@@ -168,19 +187,19 @@ def health(call: Call) -> Any:
 
 @cases.case
 def abandoned_stream(call: Call) -> Any:
-    with client(call) as leaving:
-        next(iter(leaving.text_generation(PROMPT, stream=True, max_new_tokens=700, do_sample=True, seed=5)))
-    return until_idle(call)
+    before = num_dropped(call)
+    leaving = client(call)
+    next(iter(leaving.text_generation(ENDLESS_PROMPT, stream=True, **ENDLESS)))
+    del leaving  # what closes its connection; only newer releases have `close`
+    return until_dropped(call, before + 1)
 
 
 @cases.case
 async def cancelled_async(call: Call) -> Any:
-    request = async_client(call).text_generation(PROMPT, max_new_tokens=700, do_sample=True, seed=5)
-    try:
-        await asyncio.wait_for(request, 0.3)
-    except TimeoutError:
-        return until_idle(call)
-    raise RuntimeError("the request ended before it could be cancelled")
+    before = num_dropped(call)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(async_client(call).text_generation(ENDLESS_PROMPT, **ENDLESS), 0.3)
+    return until_dropped(call, before + 1)
 
 
 if __name__ == "__main__":

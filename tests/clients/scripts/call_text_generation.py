@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
-from harness import LONG_PROMPT, PROMPT, SAMPLING, Call, Cases, occupied, until_idle
+from harness import (
+    ENDLESS,
+    ENDLESS_PROMPT,
+    LONG_PROMPT,
+    PROMPT,
+    SAMPLING,
+    Call,
+    Cases,
+    num_dropped,
+    occupied,
+    until_dropped,
+)
 from text_generation import AsyncClient, Client
 from text_generation.types import Grammar, GrammarType
 
@@ -142,20 +154,19 @@ def wrong_key(call: Call) -> Any:
 
 @cases.case
 def abandoned_stream(call: Call) -> Any:
-    events = client(call).generate_stream(PROMPT, max_new_tokens=700, do_sample=True, seed=5)
+    before = num_dropped(call)
+    events = client(call).generate_stream(ENDLESS_PROMPT, **ENDLESS)
     next(events)
     events.close()
-    return until_idle(call)
+    return until_dropped(call, before + 1)
 
 
 @cases.case
 async def cancelled_async(call: Call) -> Any:
-    request = async_client(call).generate(PROMPT, max_new_tokens=700, do_sample=True, seed=5)
-    try:
-        await asyncio.wait_for(request, 0.3)
-    except TimeoutError:
-        return until_idle(call)
-    raise RuntimeError("the request ended before it could be cancelled")
+    before = num_dropped(call)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(async_client(call).generate(ENDLESS_PROMPT, **ENDLESS), 0.3)
+    return until_dropped(call, before + 1)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 PROMPT = "Return the number of"
-# Far more tokens than the server's limit for a sequence.
-LONG_PROMPT = "number " * 2000
+# More tokens than the server's limit for a sequence.
+LONG_PROMPT = "number " * 1000
+# The likeliest continuation goes on and on, so that the end is never what stops it.
+ENDLESS_PROMPT = "of the number " * 24
+ENDLESS = {"max_new_tokens": 600}
 # Every parameter that all clients can send, none at its default. Seeded, so that a second request tells the same.
 SAMPLING = {
     "do_sample": True,
@@ -74,45 +77,51 @@ class Cases:
 @contextmanager
 def occupied(call: Call, num_requests: int) -> Iterator[None]:
     """The server while this many other requests are in work; they are gone, and it knows, when this ends."""
-    connections = [_open_stream(call) for _ in range(num_requests)]
+    before = num_dropped(call)
+    streams = [_open_stream(call) for _ in range(num_requests)]
     try:
         yield
     finally:
-        for connection in connections:
-            connection.close()
-        until_idle(call)
+        for stream in streams:
+            stream.close()
+        until_dropped(call, before + num_requests)
 
 
-def until_idle(call: Call, timeout_s: float = 20.0) -> float:
-    """Wait until the server runs no sequence; the time it took in seconds."""
-    start = time.monotonic()
-    while _running_sequences(call) > 0:
-        if time.monotonic() - start > timeout_s:
-            raise TimeoutError(f"the server still runs sequences after {timeout_s} s")
+def num_dropped(call: Call) -> int:
+    """How many requests the server has dropped because their clients left."""
+    return int(_metric(call, 'tgi_request_failure{err="dropped"}'))
+
+
+def until_dropped(call: Call, num_requests: int, timeout_s: float = 20.0) -> bool:
+    """Wait until that many requests are dropped and nothing is in work. True, so that a case can return it."""
+    deadline = time.monotonic() + timeout_s
+    while num_dropped(call) < num_requests or _metric(call, "gyrfalcon_sequences_running{") > 0:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{num_dropped(call)} requests are dropped after {timeout_s} s, not {num_requests}")
         time.sleep(0.02)
-    return time.monotonic() - start
+    return True
 
 
-def _open_stream(call: Call) -> http.client.HTTPConnection:
+def _open_stream(call: Call) -> http.client.HTTPResponse:
     """A long stream whose first event has arrived."""
-    connection = _connection(call)
-    parameters = {"max_new_tokens": 700, "do_sample": True, "seed": 5}
-    body = json.dumps({"inputs": PROMPT, "parameters": parameters})
+    body = json.dumps({"inputs": ENDLESS_PROMPT, "parameters": ENDLESS})
     headers = {"Authorization": f"Bearer {call.key}", "Content-Type": "application/json"}
+    connection = _connection(call)
     connection.request("POST", "/generate_stream", body, headers)
-    first = connection.getresponse().readline()
+    stream = connection.getresponse()
+    first = stream.readline()
     if b'"token"' not in first:
         raise RuntimeError(f"a stream began with {first!r}")
-    return connection
+    return stream
 
 
-def _running_sequences(call: Call) -> float:
+def _metric(call: Call, beginning: str) -> float:
+    """The sum of the metrics whose lines begin so."""
     connection = _connection(call)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
     connection.close()
-    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("gyrfalcon_sequences_running")]
-    return sum(values)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(beginning))
 
 
 def _connection(call: Call) -> http.client.HTTPConnection:
