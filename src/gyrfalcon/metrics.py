@@ -166,9 +166,7 @@ class Metrics:
     def request_ends(self, record: RequestRecord) -> None:
         """Count a request that is over."""
         if record.outcome != "success":
-            self._failures[record.outcome].inc()
-            if record.outcome in self._rejections:
-                self._rejections[record.outcome].inc()
+            self.request_failed(record.outcome)
             return
         assert self._lengths is not None
         self._success.inc()
@@ -182,6 +180,12 @@ class Metrics:
         if record.inference_s is not None:
             self._inference.observe(record.inference_s)
             self._per_token.observe(record.inference_s / max(record.num_generated_tokens, 1))
+
+    def request_failed(self, failure: str) -> None:
+        """Count a request that failed: one of FAILURES."""
+        self._failures[failure].inc()
+        if failure in self._rejections:
+            self._rejections[failure].inc()
 
     def request_aborted(self, cause: str) -> None:
         """An admitted request was given up: one of ABORTS."""

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from tests.clients.observation import SERVER_ARGUMENTS, Seen, call_with
+from tests.clients.observation import CLIENTS_ARE_REQUIRED, SERVER_ARGUMENTS, Observe, Seen, call_with
 from tools.client_environments import is_ready, python_of
 
 from gyrfalcon.testing.server import ServerProcess, running_server
-
-# Read and removed at import: the server refuses variables in its name that it does not know.
-CLIENTS_ARE_REQUIRED = os.environ.pop("GYRFALCON_REQUIRE_CLIENTS", "") == "1"
-
-Observe = Callable[..., Seen]
 
 
 @pytest.fixture(scope="session")

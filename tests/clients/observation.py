@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 from tests.clients.relay import Relay, Sent
 
 from gyrfalcon.testing.server import Answer, ServerProcess
+
+# Read and removed at import: the server refuses variables in its name that it does not know.
+CLIENTS_ARE_REQUIRED = os.environ.pop("GYRFALCON_REQUIRE_CLIENTS", "") == "1"
 
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 KEY = "a-key"
@@ -70,6 +73,9 @@ class Seen:
     def plain(self, case: str, **changes: Any) -> Any:
         """What `/generate` says to the call's inputs and parameters: the new text alone, and all its details."""
         return plain(self._server, self.sent(case), **changes)
+
+
+Observe = Callable[..., Seen]  # of an environment, a script and its arguments
 
 
 def plain(server: ServerProcess, sent: Sent, **changes: Any) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from tests.clients.conftest import Observe
-from tests.clients.observation import FULL, PROMPT, TOO_LONG, Seen
+from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from tests.clients.conftest import Observe
-from tests.clients.observation import FULL, PROMPT, TOO_LONG, Seen, plain
+from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen, plain
 
 from gyrfalcon.testing.server import ServerProcess
 

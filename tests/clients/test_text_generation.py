@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from tests.clients.conftest import Observe
-from tests.clients.observation import FULL, PROMPT, TOO_LONG, Seen, plain
+from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen, plain
 
 from gyrfalcon.testing.server import ServerProcess
 

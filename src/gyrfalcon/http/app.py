@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from gyrfalcon import __version__
-from gyrfalcon.http import kaito, tgi
+from gyrfalcon.http import kaito, platforms, tgi
 from gyrfalcon.http.auth import ApiKeyMiddleware, routed_path
 from gyrfalcon.http.openapi import openapi_document
 from gyrfalcon.http.settings import HttpSettings
@@ -63,7 +63,10 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 def create_app(
     service: TextService, settings: HttpSettings, metrics: Metrics, *, lifespan: Lifespan | None = None
 ) -> FastAPI:
-    """The ASGI application over a service that is ready. lifespan: what runs around its serving, if anything."""
+    """The ASGI application over a service that is ready. Raises SettingsError for paths that are taken.
+
+    lifespan: what runs around its serving, if anything.
+    """
     app = FastAPI(
         title="Gyrfalcon",
         version=__version__,
@@ -74,18 +77,22 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    tgi.TgiDialect(service, settings).add_routes(app)
-    kaito.KaitoDialect(service, settings).add_routes(app)
+    dialect = tgi.TgiDialect(service, settings, metrics)
+    dialect.add_routes(app)
+    kaito.KaitoDialect(service, settings, metrics).add_routes(app)
     _add_metrics(app, metrics)
-    _add_documentation(app, has_keys=bool(settings.api_keys))
+    open_paths = (*OPEN_PATHS, *filter(None, [settings.health_path]))
+    _add_documentation(app, open_paths, has_keys=bool(settings.api_keys))
+    platforms.PlatformRoutes(service, settings, metrics, dialect).add_routes(app)
     _answer_head_requests(app)
     app.add_exception_handler(HTTPException, _no_such_route)
     if settings.api_keys:
         app.add_middleware(
             ApiKeyMiddleware,
             keys=settings.api_keys,
-            open_routes=[(method, path) for path in OPEN_PATHS for method in ("GET", "HEAD")],
+            open_routes=[(method, path) for path in open_paths for method in ("GET", "HEAD")],
             kaito_paths=kaito.PATHS,
+            metrics=metrics,
         )
     # Outermost: a browser's preflight request carries no key.
     app.add_middleware(
@@ -114,13 +121,13 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
     )
 
 
-def _add_documentation(app: FastAPI, *, has_keys: bool) -> None:
+def _add_documentation(app: FastAPI, open_paths: Collection[str], *, has_keys: bool) -> None:
     """The OpenAPI document under both of its names, and a page to read and try it."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = (*tgi.SCHEMAS, *kaito.SCHEMAS)
-            app.openapi_schema = openapi_document(app, schemas, open_paths=OPEN_PATHS, has_keys=has_keys)
+            schemas = (*tgi.SCHEMAS, *kaito.SCHEMAS, *platforms.SCHEMAS)
+            app.openapi_schema = openapi_document(app, schemas, open_paths=open_paths, has_keys=has_keys)
         return app.openapi_schema
 
     async def openapi() -> Response:

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gyrfalcon.http.wire import json_response
+from gyrfalcon.metrics import Metrics
 
 MISSING = "missing API key: send `Authorization: Bearer KEY`"
 WRONG = "wrong API key"
@@ -49,11 +50,13 @@ class ApiKeyMiddleware:
         keys: Sequence[str],
         open_routes: Collection[tuple[str, str]],
         kaito_paths: Collection[str],
+        metrics: Metrics,
     ) -> None:
         self._app = app
         self._keys = KeyRing(keys)
         self._open_routes = frozenset(open_routes)
         self._kaito_paths = frozenset(kaito_paths)
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._is_open(scope):
@@ -65,6 +68,7 @@ class ApiKeyMiddleware:
         if key is not None and self._keys.accepts(key):
             await self._app(scope, receive, send)
             return
+        self._metrics.request_rejected("unauthorized")
         message = MISSING if key is None else WRONG
         is_kaito = routed_path(scope) in self._kaito_paths
         body = {"detail": message} if is_kaito else {"error": message, "error_type": "unauthorized"}

@@ -20,13 +20,17 @@ from gyrfalcon.http.wire import (
     BodyLimits,
     ClientGone,
     MalformedBody,
+    ServerStopping,
+    count_failure,
     json_response,
     parse_body,
     quote,
     read_json,
     unless_gone,
 )
+from gyrfalcon.metrics import Metrics
 from gyrfalcon.service.interface import ChatMessage, ChatPrompt, Completion, GenerateCall, TextService
+from gyrfalcon.tracing import trace_headers
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +168,9 @@ PATHS = ("/chat", "/healthz")
 class KaitoDialect:
     """Translates between this dialect and the service."""
 
-    def __init__(self, service: TextService, settings: HttpSettings) -> None:
+    def __init__(self, service: TextService, settings: HttpSettings, metrics: Metrics) -> None:
         self._service = service
+        self._metrics = metrics
         self._body_limits = BodyLimits(max_bytes=settings.payload_limit, timeout_s=settings.body_timeout_s)
 
     def add_routes(self, app: FastAPI) -> None:
@@ -204,10 +209,10 @@ class KaitoDialect:
             body = parse_body(await read_json(request, self._body_limits, any_content_type=True), ChatRequest)
             if not body.prompt and not body.messages:
                 return json_response({"detail": NO_PROMPT if body.messages is None else NO_MESSAGES}, 400)
-            completion = await unless_gone(request, self._service.complete(to_call(body)))
+            completion = await unless_gone(request, self._service.complete(to_call(body, request)))
             return json_response({"Result": render_result(completion, body)})
         except Exception as error:
-            return failure(error)
+            return self._failure(error)
 
     async def health(self) -> Response:
         health = await self._service.health()
@@ -215,9 +220,13 @@ class KaitoDialect:
             return json_response({"status": "Healthy"})
         return json_response({"detail": health.detail or f"the model is {health.state.value}"}, 500)
 
+    def _failure(self, error: Exception) -> Response:
+        count_failure(self._metrics, error)
+        return failure(error)
 
-def to_call(body: ChatRequest) -> GenerateCall:
-    """The body in our own parameter names. Raises InvalidRequest and NotSupported."""
+
+def to_call(body: ChatRequest, request: Request) -> GenerateCall:
+    """The body in our own parameter names; of the request its trace context. Raises InvalidRequest, NotSupported."""
     kwargs = body.generate_kwargs or GenerateKwargs.model_validate({})
     _refuse_what_is_not_honoured(kwargs)
     if body.handle_long_generation not in {None, "hole"}:
@@ -235,6 +244,7 @@ def to_call(body: ChatRequest) -> GenerateCall:
     keeps_one = kwargs.top_p == 0
     return GenerateCall(
         prompt=prompt,
+        trace_headers=trace_headers(request.headers),
         prefix=body.prefix if body.prompt else None,
         drop_start_to_fit=body.handle_long_generation == "hole" and bool(body.prompt),
         max_length=kwargs.max_length,
@@ -290,6 +300,9 @@ def failure(error: Exception) -> Response:
         case errors.GenerationFailed():
             status = 500
         case errors.EngineDead():
+            status = 503
+            headers["Retry-After"] = "5"
+        case ServerStopping():
             status = 503
             headers["Retry-After"] = "5"
         case ClientGone():

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
     """api_keys: any of them is accepted; none leaves every route open. cors_allow_origins: empty allows any origin.
-    compute_type: what answers say they were computed on, None for the model's device.
+    compute_type: what answers say they were computed on, None for the model's device. predict_path, health_path: where
+    Vertex AI sends its requests besides /vertex and /health.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -18,3 +19,5 @@ class HttpSettings:
     ping_s: float = 10.0  # silence on a stream after which a comment is sent
     stall_s: float = 60.0  # time after which a client that reads nothing is given up
     compute_type: str | None = None
+    predict_path: str | None = None
+    health_path: str | None = None

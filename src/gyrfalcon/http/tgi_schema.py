@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 EXAMPLE = {
     "inputs": "My name is Olivier and I",
     "parameters": {"max_new_tokens": 20, "temperature": 0.5, "top_p": 0.95, "details": True, "stop": ["photographer"]},
 }
+
+CHAT_EXAMPLE = {"messages": [{"role": "user", "content": "What does a gyrfalcon eat?"}]}
+VERTEX_EXAMPLE = {"instances": [EXAMPLE]}
 
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 UInt64 = Annotated[int, Field(ge=0, le=2**64 - 1)]
@@ -46,6 +49,10 @@ class GenerateParameters(Body):
     )
     max_new_tokens: UInt32 | None = Field(
         None, description="At most this many new tokens; null for the server's default.", examples=[20]
+    )
+    min_new_tokens: UInt32 | None = Field(
+        None,
+        description="At least this many new tokens: the end of the text is not chosen before. An extension of ours.",
     )
     repetition_penalty: float | None = Field(None, description="Above 0; 1 is off.", examples=[1.03])
     return_full_text: bool | None = Field(
@@ -86,6 +93,68 @@ class CompatGenerateRequest(GenerateRequest):
     """As `GenerateRequest`, and whether to stream."""
 
     stream: bool = Field(False, description="Answer with an event stream, as `/generate_stream` does.")
+
+
+class TextPart(Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+TurnContent = str | list[TextPart]
+
+
+class Turn(Body):
+    """One message of a conversation."""
+
+    role: str
+    content: TurnContent = Field(description="A text, or its pieces")
+
+
+class ChatTokenizeRequest(Body):
+    """A conversation. What else a chat request may hold has no effect on its tokens."""
+
+    messages: list[Turn]
+    model: str | None = Field(None, description="Which of the served models' templates; null for the default one.")
+    tools: list[Any] | None = Field(None, description="Not supported by this version: refused unless null or empty.")
+
+
+class VertexInstance(GenerateRequest):
+    """As `GenerateRequest`; `parameters` may be null."""
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: object) -> object:
+        return {} if value is None else value
+
+
+class VertexRequest(Body):
+    """Prompts, each with its own parameters."""
+
+    instances: list[VertexInstance] = Field(min_length=1, max_length=32)
+
+
+class VertexResponse(BaseModel):
+    """The generated texts, in the order of the instances."""
+
+    predictions: list[str]
+
+
+class SimpleToken(BaseModel):
+    """A token of a text; offsets in bytes of its UTF-8 form, `stop` not included."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class ChatTokenizeResponse(BaseModel):
+    """A conversation as the model reads it."""
+
+    tokenize_response: list[SimpleToken]
+    templated_text: str
 
 
 class Token(BaseModel):

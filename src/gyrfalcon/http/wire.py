@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -10,12 +11,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
+
+from gyrfalcon.metrics import Metrics
 
 T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -24,6 +26,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 SHORT_BODY_BYTES = 32_768
 LONGEST_QUOTE = 200  # characters of a caller's own text that an answer repeats
 PING = b": ping\n\n"
+LAST_WORDS_S = 1.0  # for a client to take them when the server ends
 
 NOT_JSON = "Failed to parse the request body as JSON"
 WRONG_SHAPE = "Failed to deserialize the JSON body into the target type"
@@ -57,6 +60,13 @@ class MalformedBody(Exception):
 
 class ClientGone(Exception):
     """The client closed the connection before its answer was ready; nobody will see what is answered."""
+
+
+class ServerStopping(Exception):
+    """The server's time to finish what runs is over, and this request still ran."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 async def read_json(request: Request, limits: BodyLimits, *, any_content_type: bool = False) -> Any:
@@ -106,11 +116,6 @@ def to_json(value: object) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def single(value: float) -> np.float32:
-    """A float that `to_json` writes with as many digits as single precision has."""
-    return np.float32(value)
-
-
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(to_json(value), status, dict(headers or {}), media_type="application/json")
 
@@ -121,7 +126,8 @@ def sse(value: object) -> bytes:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; its work is cancelled and ClientGone raised when the client leaves first.
+    """The work's result; its work is cancelled and ClientGone raised when the client leaves first, ServerStopping when
+    the server ends.
 
     Call it after the body has been read: the server then tells of nothing but the end of the connection.
     """
@@ -132,16 +138,14 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         if not task.done():
             raise ClientGone
         return task.result()
+    except asyncio.CancelledError:  # only the server's end cancels a request
+        raise ServerStopping from None
     finally:
-        await _cancel(task, gone)
+        await cancel_all(task, gone)
 
 
 class EventStream(Response):
-    """Writes chunks as they come, each whole, and a comment in silence; ends the work when nobody reads.
-
-    chunks: made of complete events; closed whatever happens. ping_s: silence after which a comment is sent, so that
-    proxies keep the connection. stall_s: time after which a client that takes nothing is given up.
-    """
+    """Writes chunks as they come, each whole, and a comment in silence; ends the work when nobody reads."""
 
     media_type = "text/event-stream"
 
@@ -152,7 +156,14 @@ class EventStream(Response):
         headers: Mapping[str, str] | None = None,
         ping_s: float = 10.0,
         stall_s: float = 60.0,
+        last_words: bytes = b"",
+        on_abort: Callable[[str], None] = lambda cause: None,
     ) -> None:
+        """chunks: made of complete events; closed whatever happens. ping_s: silence after which a comment is sent, so
+        that proxies keep the connection. stall_s: time after which a client that takes nothing is given up.
+        last_words: what is sent when the server ends first. on_abort: told why the chunks were not written to their
+        end: `disconnect`, `stall` or `shutdown`.
+        """
         super().__init__(
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})},
             media_type=self.media_type,
@@ -163,7 +174,8 @@ class EventStream(Response):
         self._chunks = chunks
         self._ping_s = ping_s
         self._stall_s = stall_s
-        self._write_lock = asyncio.Lock()
+        self._last_words = last_words
+        self._on_abort = on_abort
         self._last_write = 0.0
         self._is_writing = False
 
@@ -172,27 +184,41 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             self._last_write = asyncio.get_running_loop().time()
             writer = asyncio.ensure_future(self._write_all(send))
-            watchers = [asyncio.ensure_future(_disconnected(receive)), asyncio.ensure_future(self._keep_alive(send))]
+            gone = asyncio.ensure_future(_disconnected(receive))
+            idle = asyncio.ensure_future(self._keep_alive(send))
             try:
-                await asyncio.wait({writer, *watchers}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({writer, gone, idle}, return_when=asyncio.FIRST_COMPLETED)
                 if writer.done():
                     writer.result()
+                else:
+                    self._on_abort("disconnect" if gone.done() else "stall")
+            except asyncio.CancelledError:  # only the server's end cancels a response
+                self._on_abort("shutdown")
+                await cancel_all(writer)
+                await self._close(send)
             finally:
-                await _cancel(writer, *watchers)
+                await cancel_all(writer, gone, idle)
 
     async def _write_all(self, send: Send) -> None:
         async for chunk in self._chunks:
-            await self._write(send, {"type": "http.response.body", "body": chunk, "more_body": True})
-        await self._write(send, {"type": "http.response.body", "body": b"", "more_body": False})
+            await self._write(send, chunk)
+        await self._write(send, b"", more=False)
 
-    async def _write(self, send: Send, message: Message) -> None:
-        loop = asyncio.get_running_loop()
-        async with self._write_lock:
-            self._last_write = loop.time()
-            self._is_writing = True
-            await send(message)
-            self._is_writing = False
-            self._last_write = loop.time()
+    async def _write(self, send: Send, chunk: bytes, *, more: bool = True) -> None:
+        # Each message is written whole; one that waits for the client lets others wait with it.
+        now = asyncio.get_running_loop().time
+        self._last_write = now()
+        self._is_writing = True
+        await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        self._is_writing = False
+        self._last_write = now()
+
+    async def _close(self, send: Send) -> None:
+        """End the stream from the server's side, unless the client takes nothing."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._write(send, self._last_words)
+                await self._write(send, b"", more=False)
 
     async def _keep_alive(self, send: Send) -> None:
         """Send a comment after each silence; return when a write has been stuck for too long."""
@@ -206,11 +232,22 @@ class EventStream(Response):
             elif silence >= self._ping_s:
                 try:
                     async with asyncio.timeout(self._stall_s):
-                        await self._write(send, {"type": "http.response.body", "body": PING, "more_body": True})
+                        await self._write(send, PING)
                 except TimeoutError:
                     return
             else:
                 await asyncio.sleep(min(self._ping_s - silence, self._stall_s))
+
+
+def count_failure(metrics: Metrics, error: Exception) -> None:
+    """Count what the service could not: bodies that never reached it, answers that were cut."""
+    match error:
+        case MalformedBody():
+            metrics.request_rejected("malformed")
+        case ClientGone():
+            metrics.request_aborted("disconnect")
+        case ServerStopping():
+            metrics.request_aborted("shutdown")
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -219,7 +256,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+async def cancel_all(*tasks: asyncio.Future[Any]) -> None:
     """Cancel what still runs and wait for its end."""
     for task in tasks:
         task.cancel()
@@ -253,6 +290,8 @@ async def _read_within(request: Request, limits: BodyLimits) -> bytes:
                 chunks.append(chunk)
     except ClientDisconnect:
         raise ClientGone from None
+    except asyncio.CancelledError:
+        raise ServerStopping from None
     except TimeoutError:
         raise MalformedBody(408, f"The request body did not arrive within {limits.timeout_s:g} seconds") from None
     return b"".join(chunks)

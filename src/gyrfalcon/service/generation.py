@@ -93,9 +93,14 @@ class GenerationService:
         return await asyncio.to_thread(tokenizer.spans, text, add_special_tokens=add_special_tokens)
 
     async def render_chat(self, prompt: ChatPrompt, *, model: str | None = None) -> str:
-        served = self._models.resolve(model)
-        check_messages(prompt.messages, served.limits)
-        return await _render(prompt, served)
+        self._metrics.request_begins()
+        try:
+            served = self._models.resolve(model)
+            check_messages(prompt.messages, served.limits)
+            return await _render(prompt, served)
+        except errors.RequestError as error:
+            self._metrics.request_failed("template" if isinstance(error, errors.TemplateError) else "validation")
+            raise
 
     async def health(self) -> EngineHealth:
         for model in self._models.all:

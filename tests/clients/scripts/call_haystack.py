@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import ENDLESS_PROMPT, LONG_PROMPT, PROMPT, SAMPLING, Call, Cases, occupied
+from harness import ENDLESS, ENDLESS_PROMPT, LONG_PROMPT, PROMPT, SAMPLING, Call, Cases, occupied
 from haystack import Pipeline
 from haystack.components.builders import PromptBuilder
 from haystack.components.generators import HuggingFaceAPIGenerator
@@ -45,7 +45,7 @@ def everything(call: Call) -> Any:
 
 @cases.case
 def stream(call: Call) -> Any:
-    return streamed(call, ENDLESS_PROMPT, generation_kwargs={"max_new_tokens": 12})
+    return streamed(call, ENDLESS_PROMPT, generation_kwargs=ENDLESS | {"max_new_tokens": 12})
 
 
 @cases.case

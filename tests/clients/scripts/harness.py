@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 PROMPT = "Return the number of"
 # More tokens than the server's limit for a sequence.
 LONG_PROMPT = "number " * 1000
-# The likeliest continuation goes on and on, so that the end is never what stops it.
+# Goes on and on: what is in the prompt is made likely, and the end is not in it.
 ENDLESS_PROMPT = "of the number " * 24
-ENDLESS = {"max_new_tokens": 600}
+ENDLESS = {"max_new_tokens": 700, "repetition_penalty": 0.2}
 # Every parameter that all clients can send, none at its default. Seeded, so that a second request tells the same.
 SAMPLING = {
     "do_sample": True,

@@ -5,7 +5,7 @@ import re
 import pytest
 from starlette.testclient import TestClient
 
-from gyrfalcon.telemetry import METRICS_CONTENT_TYPE
+from gyrfalcon.metrics import METRICS_CONTENT_TYPE
 
 from .conftest import MakeClient
 

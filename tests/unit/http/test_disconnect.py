@@ -59,7 +59,7 @@ async def answer(port: int, path: str, **body: Any) -> bytes:
 
 async def until(condition: Callable[[], object], timeout_s: float = 2.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  (what is waited for has no event)
+        while not condition():
             await asyncio.sleep(0.005)
 
 

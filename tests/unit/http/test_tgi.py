@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from gyrfalcon import errors
 from gyrfalcon.engine.interface import EngineState
-from gyrfalcon.http.tgi import render_error
+from gyrfalcon.http.tgi_render import render_error
 from gyrfalcon.service.tokenizer import load_tokenizer
 from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.text import EOS_ID, EOS_TOKEN

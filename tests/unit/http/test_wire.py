@@ -23,7 +23,6 @@ from gyrfalcon.http.wire import (
     parse_json,
     quote,
     read_json,
-    single,
     sse,
     to_json,
     unless_gone,
@@ -234,7 +233,7 @@ class TestWriting:
 
     @given(value=st.floats(width=32))
     def test_single_precision_is_written_in_its_shortest_form(self, value: float) -> None:
-        written = json.loads(to_json(single(value)))
+        written = json.loads(to_json(np.float32(value)))
         if not math.isfinite(value):
             assert written is None
         else:

@@ -18,6 +18,7 @@ from gyrfalcon.errors import (
     TemplateError,
     UnknownModel,
 )
+from gyrfalcon.metrics import Metrics
 from gyrfalcon.service.generation import GenerationService
 from gyrfalcon.service.interface import (
     ChatMessage,
@@ -31,7 +32,6 @@ from gyrfalcon.service.interface import (
 from gyrfalcon.service.models import ModelTable, load_served_model
 from gyrfalcon.service.tokenizer import TextTokenizer, load_tokenizer
 from gyrfalcon.service.validation import resolve_limits
-from gyrfalcon.telemetry import Metrics
 from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.text import EOS_ID, EOS_TOKEN, text_service, write_tokenizer
 
@@ -294,7 +294,8 @@ class TestFailures:
         engine = FakeEngine()
         limits = resolve_limits(engine.facts)
         models = [load_served_model(name, tokenizer_folder, engine, limits) for name in ("one", "two")]
-        metrics = Metrics(max_input_tokens=10, max_total_tokens=10)
+        metrics = Metrics()
+        metrics.limits_known(max_input_tokens=10, max_total_tokens=10, cache_tokens=10)
         service = GenerationService(ModelTable(models), metrics, max_concurrent_requests=2)
         with pytest.raises(UnknownModel):
             await service.complete(GenerateCall(prompt="x", model="three"))
