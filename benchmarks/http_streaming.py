@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -108,8 +109,18 @@ def run_clients(port: int, num_connections: int, pipe: Connection) -> None:
     pipe.send(uvloop.run(read()))
 
 
-async def measure(num_connections: int, seconds: float, interval_s: float | None) -> tuple[float, list[float]]:
-    """Events a second, and the delays in seconds from step to client; interval_s: None for as fast as possible."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one run found; cpu_s is the server's own time, which a busy machine does not stretch."""
+
+    num_events: int
+    elapsed_s: float
+    cpu_s: float
+    delays_s: list[float]  # from step to client, an event
+
+
+async def measure(num_connections: int, seconds: float, interval_s: float | None) -> Measured:
+    """Stream for so long; interval_s: seconds between steps, None for as fast as possible."""
     pin(0)
     engine, port = SteppedEngine(), free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +142,7 @@ async def measure(num_connections: int, seconds: float, interval_s: float | None
         await asyncio.sleep(0.2)
 
         engine.step_times.clear()
-        started_s = time.monotonic()
+        started_s, started_cpu_s = time.monotonic(), time.process_time()
         while time.monotonic() - started_s < seconds and len(engine.step_times) < MAX_NEW_TOKENS - 10:
             engine.step()
             if interval_s is None:
@@ -141,6 +152,7 @@ async def measure(num_connections: int, seconds: float, interval_s: float | None
             else:
                 await asyncio.sleep(interval_s)
         num_steps, elapsed_s = len(engine.step_times), time.monotonic() - started_s
+        cpu_s = time.process_time() - started_cpu_s
         await asyncio.sleep(0.3)
         ours.send(None)
         arrivals = await asyncio.to_thread(ours.recv)
@@ -153,7 +165,7 @@ async def measure(num_connections: int, seconds: float, interval_s: float | None
         arrived = [when for when, count in own for _ in range(count)]
         assert len(arrived) == num_steps, f"a client saw {len(arrived)} of {num_steps} events"
         delays += [when - stepped for when, stepped in zip(arrived, engine.step_times, strict=True)]
-    return num_connections * num_steps / elapsed_s, delays
+    return Measured(num_connections * num_steps, elapsed_s, cpu_s, delays)
 
 
 def pin(core: int) -> None:
@@ -170,11 +182,16 @@ def main() -> None:
     arguments = parser.parse_args()
     facts: EngineFacts = SteppedEngine().facts
     assert facts.vocab_size > FIRST_ID + NUM_IDS
-    rate, _ = uvloop.run(measure(arguments.connections, arguments.seconds, None))
-    print(f"{rate:8.0f} events/s over {arguments.connections} connections")
+    fast = uvloop.run(measure(arguments.connections, arguments.seconds, None))
+    print(
+        f"{arguments.connections} connections: {fast.num_events / fast.elapsed_s:.0f} events/s; "
+        f"{1e6 * fast.cpu_s / fast.num_events:.1f} us of CPU an event, {fast.num_events / fast.cpu_s:.0f} events "
+        "a CPU second"
+    )
     for connections in (1, arguments.connections):
-        _, delays = uvloop.run(measure(connections, arguments.seconds, arguments.interval_ms / 1000))
+        delays = uvloop.run(measure(connections, arguments.seconds, arguments.interval_ms / 1000)).delays_s
         p50, p99 = statistics.median(delays), statistics.quantiles(delays, n=100)[98]
+        # The streams of a step are served one after the other: half of them are before the median one.
         per_event = p50 / max(1, connections / 2)
         print(
             f"{connections:3d} connections: step to client p50 {1e6 * p50:.0f} us, p99 {1e6 * p99:.0f} us; "

@@ -148,6 +148,20 @@ class Settings:
         "Value of the x-compute-type header; made from the device if absent.",
         variables=("COMPUTE_TYPE",),
     )
+    aip_predict_route: str | None = _setting(
+        None,
+        options.optional(options.route()),
+        SERVER,
+        "Path at which Vertex AI asks for predictions, besides /vertex.",
+        variables=("AIP_PREDICT_ROUTE",),
+    )
+    aip_health_route: str | None = _setting(
+        None,
+        options.optional(options.route()),
+        SERVER,
+        "Path at which Vertex AI asks for health, besides /health.",
+        variables=("AIP_HEALTH_ROUTE",),
+    )
     engine: Literal["process", "local"] = _setting(
         "process",
         options.one_of("process", "local"),

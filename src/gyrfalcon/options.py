@@ -101,6 +101,18 @@ def host() -> Kind:
     return Kind(_read_host, "an IP address or a host name without scheme and port", "HOST")
 
 
+def route() -> Kind:
+    """The path of a URL."""
+
+    def read(raw: object) -> str:
+        value = _read_text(raw)
+        if re.fullmatch(r"(?:/[\w.~:@!$&'()*+,;=-]+)+", value, re.ASCII) is None:
+            raise ValueError
+        return value
+
+    return Kind(read, "a path such as /predict", "PATH")
+
+
 def switch() -> Kind:
     """On or off."""
     return Kind(_read_switch, "true or false", "")

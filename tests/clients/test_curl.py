@@ -122,7 +122,8 @@ def test_curls_own_content_type_is_refused_by_name(curl: Curl) -> None:
 @pytest.mark.parametrize("path", ["/", "/health", "/ping", "/info", "/metrics"])
 def test_what_is_open_needs_no_key_and_has_a_head(curl: Curl, path: str) -> None:
     got, head = curl(path), curl(path, "--head")
-    assert (got.status, head.status, head.body.count(b"\r\n\r\n")) == (200, 200, 1)
+    assert (got.status, head.status) == (200, 200)
+    assert head.body.endswith(b"\r\n\r\n")  # where the head ends; curl shows it
     assert head.headers.get("content-type") == got.headers.get("content-type")
 
 

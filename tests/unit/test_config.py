@@ -31,6 +31,8 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "payload_limit": ("1000", 1000, "1000"),
     "graceful_termination_timeout": ("9", 9, "9"),
     "compute_type": ("1-cpu", "1-cpu", '"1-cpu"'),
+    "aip_predict_route": ("/predict", "/predict", '"/predict"'),
+    "aip_health_route": ("/v1/live", "/v1/live", '"/v1/live"'),
     "engine": ("local", "local", '"local"'),
     "max_concurrent_requests": ("7", 7, "7"),
     "max_best_of": ("2", 2, "2"),
@@ -52,6 +54,8 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "watermark_key": ("42", 42, "42"),
     "json_output": ("true", True, "true"),
     "log_level": ("warn", "warning", '"warn"'),
+    "otlp_endpoint": ("http://c:4318", "http://c:4318", '"http://c:4318"'),
+    "otlp_service_name": ("house", "house", '"house"'),
 }
 EVERY_VARIABLE = [(option, variable) for option in OPTIONS for variable in option.variables]
 
@@ -161,6 +165,7 @@ def test_variables_that_platforms_set_for_themselves_are_passed_over(
         ("kv_cache_fraction", "0"), ("kv_cache_fraction", "1.5"), ("kv_cache_fraction", "nan"),
         ("graceful_termination_timeout", "-1"), ("graceful_termination_timeout", "1.5"),
         ("watermark_gamma", "1"), ("watermark_delta", "1e999"), ("watermark_key", str(2**64)),
+        ("aip_predict_route", "predict"), ("aip_health_route", "/"), ("aip_health_route", "/a?b"),
         ("prefix_caching", "maybe"), ("api_key", "one,,two"), ("api_key", ""), ("model", " "), ("model", "a\nb"),
     ],
 )  # fmt: skip

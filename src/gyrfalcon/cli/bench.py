@@ -255,11 +255,8 @@ def _print_table(rows: list[Row], peak_bytes: int | None, num_prompt_tokens: int
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{num_prompt_tokens} prompt tokens, {num_new_tokens} new tokens"
-    )
-    for heading in ("requests", "tokens/s", "decode tok/s", "prefill tok/s", "first token p50", "p99",
-                    "between tokens p50", "p99"):  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("requests", "tokens/s", "decode", "prompt", "first p50", "p99", "next p50", "p99"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -268,11 +265,12 @@ def _print_table(rows: list[Row], peak_bytes: int | None, num_prompt_tokens: int
             f"{row.decode_tokens_per_s:.1f}",
             f"{row.prefill_tokens_per_s:.0f}",
             *(
-                f"{1000 * seconds:.1f} ms"
+                f"{1000 * seconds:.1f}"
                 for seconds in (row.first_token_p50_s, row.first_token_p99_s, row.gap_p50_s, row.gap_p99_s)
             ),
         )
     console = Console()
+    console.print(f"{num_prompt_tokens} prompt tokens and {num_new_tokens} new ones a request; times in milliseconds")
     console.print(table)
     if peak_bytes is not None:
         console.print(f"peak memory {peak_bytes / 2**20:.0f} MiB")

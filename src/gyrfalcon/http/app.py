@@ -20,6 +20,7 @@ from starlette.routing import Route
 from gyrfalcon import __version__
 from gyrfalcon.http import kaito, platforms, tgi
 from gyrfalcon.http.auth import ApiKeyMiddleware, routed_path
+from gyrfalcon.http.header_limits import HeaderLimitMiddleware
 from gyrfalcon.http.openapi import openapi_document
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import json_response
@@ -94,6 +95,7 @@ def create_app(
             kaito_paths=kaito.PATHS,
             metrics=metrics,
         )
+    app.add_middleware(HeaderLimitMiddleware, metrics=metrics)
     # Outermost: a browser's preflight request carries no key.
     app.add_middleware(
         CORSMiddleware,

@@ -10,11 +10,11 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gyrfalcon.errors import NotSupported, SettingsError
+from gyrfalcon.errors import SettingsError
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.tgi import LIST_OR_STREAM, TgiDialect, add_post, to_call
 from gyrfalcon.http.tgi_schema import VERTEX_EXAMPLE, CompatGenerateRequest, VertexRequest, VertexResponse
-from gyrfalcon.http.wire import cancel_all, json_response, parse_body, unless_gone
+from gyrfalcon.http.wire import WRONG_SHAPE, MalformedBody, cancel_all, json_response, parse_body, unless_gone
 from gyrfalcon.metrics import Metrics
 from gyrfalcon.service.interface import Completion, GenerateCall, TextService
 
@@ -98,11 +98,12 @@ class PlatformRoutes:
 
 
 def _refuse_openai(path: str, value: Any) -> None:
-    """Raise NotSupported for a body in one of OpenAI's shapes."""
+    """Raise MalformedBody for a body in one of OpenAI's shapes."""
     if isinstance(value, dict) and "inputs" not in value:
         for name in OPENAI_MEMBERS:
             if name in value:
-                raise NotSupported(name, f"`{name}` is not supported at {path} by this version; send `inputs`")
+                text = f"`{name}` is not supported at {path} by this version; send `inputs`"
+                raise MalformedBody(422, f"{WRONG_SHAPE}: {text}", (name,))
 
 
 def _instances(value: Any) -> list[Any]:

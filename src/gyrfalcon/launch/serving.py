@@ -83,6 +83,8 @@ async def _open(
             max_stop_sequences=settings.max_stop_sequences,
             max_top_n_tokens=settings.max_top_n_tokens,
             default_max_new_tokens=settings.default_max_new_tokens,
+            max_batch_size=settings.max_batch_size,
+            block_size=settings.block_size,
         )
         model = ServedModel(
             name=settings.served_model_name or checkpoint.name,
@@ -171,6 +173,8 @@ class _Server(uvicorn.Server):
             cors_allow_origins=settings.cors_allow_origin,
             payload_limit=settings.payload_limit,
             compute_type=settings.compute_type,
+            predict_path=settings.aip_predict_route,
+            health_path=settings.aip_health_route,
         )
         config = uvicorn.Config(
             create_app(service, http_settings, metrics),

@@ -6,23 +6,67 @@ the choice at the token that completes it; the text is cut right after it, and s
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from gyrfalcon.service.tokenizer import TextTokenizer
+from gyrfalcon.service.tokenizer import REPLACEMENT, TextTokenizer
 
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not, or not yet, a character
 CONTEXT_TOKENS = 5  # tokens to the left that decide about spaces and joints
 LONG_WINDOW = 24  # tokens decoded at once before the window is moved on ...
 LONGEST_WINDOW = 96  # ... and where it is moved even amid an incomplete character
 
 
-class IncrementalDecoder:
+class Decoder(Protocol):
     """Decodes a growing list of ids, giving each character with the token that completes it.
 
     A token that ends inside a character yields the complete characters before it; what stays incomplete at the end
     belongs to no token's text.
     """
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes."""
+        ...
+
+
+def incremental_decoder(tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> Decoder:
+    """The decoder of what follows a prompt."""
+    kind = ByteDecoder if tokenizer.is_byte_level else WindowDecoder
+    return kind(tokenizer, prompt_ids)
+
+
+class ByteDecoder:
+    """For tokens that are bytes: their text depends on no neighbour but for characters that span several."""
+
+    def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._incomplete = b""  # the first bytes of a character
+        self._invalid = ""  # replacements of bytes that are none, shown once something follows
+        for token_id in prompt_ids[-CONTEXT_TOKENS:]:
+            self._decode(tokenizer.token_piece(token_id).raw)
+
+    def push(self, token_id: int) -> str:
+        piece = self._tokenizer.token_piece(token_id)
+        if piece.is_special:
+            # It ends whatever character was incomplete.
+            self._incomplete, self._invalid = b"", ""
+            return piece.text or ""
+        if piece.text is not None and not self._incomplete and not self._invalid:
+            return piece.text
+        return self._decode(piece.raw)
+
+    def _decode(self, raw: bytes) -> str:
+        raw = self._incomplete + raw
+        new, num_used = codecs.utf_8_decode(raw, "replace", False)
+        self._incomplete = raw[num_used:]
+        text = self._invalid + new
+        given = text.rstrip(REPLACEMENT)
+        self._invalid = text[len(given) :]
+        return given
+
+
+class WindowDecoder:
+    """For any tokenizer: decodes the last few tokens again and again, and gives what has been added."""
 
     def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -30,7 +74,6 @@ class IncrementalDecoder:
         self._given = len(self._complete(tokenizer.decode(self._window)))  # characters of the window's text
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes."""
         if self._tokenizer.is_special(token_id):
             return self._push_special(token_id)
         self._window.append(token_id)
@@ -68,8 +111,6 @@ class StopFinder:
         """How much of the piece belongs to the text: its characters up to the end of the stop string that ends
         first, or None while no stop string is complete. An empty stop string is complete at once.
         """
-        if not self._stop:
-            return None
         text = self._tail + piece
         num_old = len(self._tail)
         ends = []
@@ -84,8 +125,7 @@ class StopFinder:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One token's text, and whether it completes a stop string."""
 
     text: str
@@ -98,8 +138,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._decoder = IncrementalDecoder(tokenizer, prompt_ids)
-        self._stop = StopFinder(stop)
+        self._decoder = incremental_decoder(tokenizer, prompt_ids)
+        self._stop = StopFinder(stop) if stop else None
         self._pieces: list[str] = []
 
     @property
@@ -111,9 +151,9 @@ class Detokenizer:
         """The text of the choice's next token."""
         text = self._decoder.push(token_id)
         is_special = self._tokenizer.is_special(token_id)
-        kept = self._stop.push(text)
-        if kept is not None and not is_special:
-            text = text[:kept]
+        kept = None if self._stop is None else self._stop.push(text)
         if not is_special:
+            if kept is not None:
+                text = text[:kept]
             self._pieces.append(text)
-        return Piece(text, is_special, is_stop=kept is not None)
+        return Piece(text, is_special, kept is not None)

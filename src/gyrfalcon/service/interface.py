@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from gyrfalcon.engine.interface import EngineHealth, EngineState, EngineStats, FinishReason
 
 __all__ = [
@@ -95,8 +97,8 @@ class GenerateCall:
     top_n: int | None = None  # likeliest tokens to report at every position
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedToken:
+# Made for every token: structs take a quarter of the time that frozen dataclasses take.
+class GeneratedToken(msgspec.Struct, frozen=True):
     """One generated token. The texts of a choice's tokens that are not special join to the choice's text.
 
     text: "" while a character is incomplete; a special token's literal text. logprob: natural log, after the
@@ -134,8 +136,7 @@ class ChoiceEnd:
     num_prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """One token of one choice as it is produced; `end` is set on the last one."""
 
     choice: int  # 0..n-1

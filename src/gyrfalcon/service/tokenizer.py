@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
 
 from gyrfalcon.errors import ModelLoadError
 from gyrfalcon.service.interface import TextSpan
 
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not, or not yet, a character
 # Oldest Falcon files name these single ids as end-of-sequence although they are ordinary entries there.
 MISTAKEN_EOS_IDS = frozenset({1, 2})
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenPiece(NamedTuple):
+    """A token of a byte-level tokenizer by itself. text: None where its bytes are no whole characters."""
+
+    raw: bytes
+    text: str | None
+    is_special: bool
 
 
 class TextTokenizer:
@@ -48,7 +57,10 @@ class TextTokenizer:
         eos_id = None if eos_token is None else backend.token_to_id(eos_token)
         own = () if eos_id is None else (eos_id,)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*own, *extra_eos_ids)))
+        # Whether every token stands for bytes of its own, whatever is next to it.
+        self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._token_texts: dict[int, str] = {}
+        self._token_pieces: dict[int, TokenPiece] = {}
 
     def is_special(self, token_id: int) -> bool:
         """Whether answers leave this token's text out."""
@@ -94,6 +106,34 @@ class TextTokenizer:
         if text is None:
             text = self._token_texts[token_id] = self.decode([token_id])
         return text
+
+    def token_piece(self, token_id: int) -> TokenPiece:
+        """One token of a byte-level tokenizer; an id that it does not know is nothing."""
+        piece = self._token_pieces.get(token_id)
+        if piece is None:
+            piece = self._token_pieces[token_id] = self._make_piece(token_id)
+        return piece
+
+    def _make_piece(self, token_id: int) -> TokenPiece:
+        spelled = self._backend.id_to_token(token_id) or ""
+        try:
+            raw = bytes(_BYTE_OF_SYMBOL[symbol] for symbol in spelled)
+        except KeyError:  # an added token is spelled as it is
+            raw = spelled.encode("utf-8")
+        if self.is_special(token_id):
+            return TokenPiece(raw, self.special_text(token_id), True)
+        text = raw.decode("utf-8", "replace")
+        return TokenPiece(raw, None if REPLACEMENT in text else text, False)
+
+
+def _symbols_of_bytes() -> dict[str, int]:
+    """The character by which byte-level vocabularies spell each byte: itself where it can be seen."""
+    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = (byte for byte in range(256) if byte not in shown)
+    return {chr(byte): byte for byte in shown} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF_SYMBOL = _symbols_of_bytes()
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:

@@ -38,6 +38,9 @@ class Limits:
     max_top_n_tokens: int = 20
     max_messages: int = 1024
     default_max_new_tokens: int | None = 20  # None: fill the context
+    max_batch_size: int = 64  # sequences computed together: all of a request's must be
+    cache_tokens: int | None = None  # tokens the KV cache holds; None: as many as could be asked for
+    block_size: int = 1  # tokens by which it is handed out
 
     @property
     def max_prompt_chars(self) -> int:
@@ -75,8 +78,12 @@ def resolve_limits(
     max_stop_sequences: int = 8,
     max_top_n_tokens: int = 20,
     default_max_new_tokens: int | None = 20,
+    max_batch_size: int = 64,
+    block_size: int = 1,
 ) -> Limits:
     """The limits that hold for an engine, from settings (None: as much as the engine can do).
+
+    max_batch_size, block_size: what the engine was given.
 
     Raises SettingsError naming the flag where settings contradict each other or promise more than the engine can.
     """
@@ -112,10 +119,14 @@ def resolve_limits(
         max_total_tokens=max_total_tokens,
         max_input_tokens=max_input_tokens,
         max_concurrent_requests=max_concurrent_requests,
-        max_best_of=min(max_best_of, max_concurrent_requests),  # each of its sequences needs a permit
+        # Each of its sequences needs a permit and a place in the batch.
+        max_best_of=min(max_best_of, max_concurrent_requests, max_batch_size),
         max_stop_sequences=max_stop_sequences,
         max_top_n_tokens=max_top_n_tokens,
         default_max_new_tokens=default_max_new_tokens,
+        max_batch_size=max_batch_size,
+        cache_tokens=facts.cache_tokens,
+        block_size=block_size,
     )
 
 
@@ -127,7 +138,7 @@ def count_choices(call: GenerateCall, limits: Limits) -> int:
     if not 0 < best_of <= limits.max_best_of:
         raise InvalidRequest("best_of", f"`best_of` must be > 0 and <= {limits.max_best_of}. Given: {best_of}")
     sequences = 1 if call.num_return_sequences is None else call.num_return_sequences
-    most = min(limits.max_return_sequences, limits.max_concurrent_requests)
+    most = min(limits.max_return_sequences, limits.max_concurrent_requests, limits.max_batch_size)
     if not 0 < sequences <= most:
         raise InvalidRequest(
             "num_return_sequences", f"`num_return_sequences` must be > 0 and <= {most}. Given: {sequences}"
@@ -217,13 +228,43 @@ def fit(valid: ValidCall, prompt_ids: Sequence[int], num_prefix_tokens: int, lim
     if n > limits.max_input_tokens:
         raise PromptTooLong(n, limits.max_input_tokens)
     if asked is None:
-        asked = limits.default_max_new_tokens or room
-    max_new_tokens = min(asked, room)
+        asked = limits.default_max_new_tokens
+    # Filling the context takes what there is; of a number asked for, one slice must be there.
+    needed = 1 if asked is None else min(asked, room, MAX_RESERVED_NEW_TOKENS)
+    room = min(room, _room_in_cache(valid, n, needed, limits))
+    max_new_tokens = room if asked is None else min(asked, room)
 
     min_new_tokens = call.min_new_tokens or 0
+    if min_new_tokens > max_new_tokens:
+        raise InvalidRequest(
+            "min_new_tokens",
+            f"`min_new_tokens` must not exceed the number of new tokens, {max_new_tokens}. Given: {min_new_tokens}",
+        )
     if call.min_length is not None and call.min_new_tokens is None:
         min_new_tokens = call.min_length + num_prefix_tokens - n
     return FittedPrompt(tuple(prompt_ids), max_new_tokens, min(max(min_new_tokens, 0), max_new_tokens))
+
+
+def _room_in_cache(valid: ValidCall, num_prompt_tokens: int, needed: int, limits: Limits) -> int:
+    """How many new tokens each of the call's sequences can have while all of them are in the cache.
+
+    They share the prompt's whole blocks; every other block is a sequence's own. Raises InvalidRequest when there is
+    room for less than `needed` each.
+    """
+    if limits.cache_tokens is None or valid.num_choices == 1:
+        return limits.max_total_tokens  # one sequence of the promised length always fits
+    num_shared = num_prompt_tokens // limits.block_size
+    num_own = (limits.cache_tokens // limits.block_size - num_shared) // valid.num_choices
+    room = (num_shared + num_own) * limits.block_size - num_prompt_tokens
+    if room < needed:
+        name = "best_of" if valid.is_ranked else "num_return_sequences"
+        raise InvalidRequest(
+            name,
+            f"`{name}` sequences must fit the cache of {limits.cache_tokens} tokens together: after "
+            f"{num_prompt_tokens} prompt tokens each may have {max(room, 0)} new ones. "
+            f"Given: {valid.num_choices} sequences of {needed}",
+        )
+    return room
 
 
 def _sampling(call: GenerateCall, num_choices: int, watermark: WatermarkParams) -> SamplingParams:

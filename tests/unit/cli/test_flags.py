@@ -50,6 +50,10 @@ TYPED: dict[str, tuple[str | None, object]] = {
     "watermark_key": ("9", 9),
     "json_output": (None, True),
     "log_level": ("error", "error"),
+    "aip_predict_route": ("/predict", "/predict"),
+    "aip_health_route": ("/live", "/live"),
+    "otlp_endpoint": ("http://c:4318", "http://c:4318"),
+    "otlp_service_name": ("house", "house"),
 }
 EVERY_FLAG = [(option, flag) for option in OPTIONS for flag in option.flags]
 

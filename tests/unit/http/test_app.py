@@ -10,7 +10,9 @@ from gyrfalcon.metrics import METRICS_CONTENT_TYPE
 from .conftest import MakeClient
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/generate/", "/health/", "/v1", "/docs/", "/generate/x"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/generate/", "/health/", "/v1", "/v1/models", "/v1/chat/completions", "/docs/", "/generate/x"]
+)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_an_unknown_path_is_not_found_and_never_redirected(client: TestClient, method: str, path: str) -> None:
     answer = client.request(method, path, json={}, follow_redirects=False)
@@ -51,7 +53,15 @@ class TestDocumentation:
         assert set(schemas["GenerateParameters"]["properties"]) >= {"best_of", "stop", "typical_p", "watermark"}
         assert schemas["GenerateParameters"]["properties"]["temperature"]["description"]
         assert set(schemas["GenerateKwargs"]["properties"]) >= {"max_length", "num_beams", "bad_words_ids"}
-        for path_, body in (("/generate", "GenerateRequest"), ("/", "CompatGenerateRequest"), ("/chat", "ChatRequest")):
+        for path_, body in (
+            ("/generate", "GenerateRequest"),
+            ("/", "CompatGenerateRequest"),
+            ("/chat", "ChatRequest"),
+            ("/tokenize", "GenerateRequest"),
+            ("/chat_tokenize", "ChatTokenizeRequest"),
+            ("/invocations", "CompatGenerateRequest"),
+            ("/vertex", "VertexRequest"),
+        ):
             content = document["paths"][path_]["post"]["requestBody"]["content"]
             assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{body}"}
             assert client.post(path_, json=content["application/json"]["example"]).status_code == 200
@@ -65,6 +75,7 @@ class TestDocumentation:
     def test_every_route_is_in_it(self, client: TestClient) -> None:
         assert set(client.get("/openapi.json").json()["paths"]) == {
             *("/", "/generate", "/generate_stream", "/health", "/ping", "/info"),
+            *("/tokenize", "/chat_tokenize", "/invocations", "/vertex"),
             *("/chat", "/healthz", "/metrics"),
         }
 
@@ -107,6 +118,12 @@ class TestMetrics:
         assert "# TYPE tgi_request_count counter" in lines
         assert "_created" not in answer.text
 
+    def test_bodies_that_are_refused_unread_are_counted(self, client: TestClient) -> None:
+        client.post("/generate", content=b"{", headers={"Content-Type": "application/json"})
+        client.post("/chat", content=b"{")
+        client.post("/generate_stream", content=b"{}")
+        assert 'gyrfalcon_rejected_total{cause="malformed"} 3.0' in client.get("/metrics").text.splitlines()
+
     def test_two_applications_count_apart(self, make_client: MakeClient) -> None:
         first, second = make_client(), make_client()
         first.post("/generate", json={"inputs": "x"})
@@ -114,7 +131,46 @@ class TestMetrics:
         assert "tgi_request_count 0.0" in second.get("/metrics").text
 
 
+class TestHeaders:
+    @pytest.mark.parametrize(
+        "headers", [{f"x-{n}": "y" for n in range(101)}, {"x": "y" * 32_769}, {f"x-{n}": "y" * 8000 for n in range(5)}]
+    )
+    @pytest.mark.parametrize("path", ["/generate", "/chat", "/health", "/nothing"])
+    def test_too_many_or_too_large_headers_are_refused(
+        self, client: TestClient, path: str, headers: dict[str, str]
+    ) -> None:
+        answer = client.post(path, json={"inputs": "x"}, headers=headers)
+        assert (answer.status_code, answer.json()["error_type"]) == (431, "headers_too_large")
+        assert client.get("/health").status_code == 200
+
+    def test_what_clients_and_proxies_send_is_fine(self, client: TestClient) -> None:
+        headers = {f"x-{n}": "y" * 300 for n in range(80)}
+        assert client.post("/generate", json={"inputs": "x"}, headers=headers).status_code == 200
+
+
 class TestCrossOrigin:
+    def test_a_preflight_is_answered_for_reading_and_posting(self, client: TestClient) -> None:
+        headers = {
+            "Origin": "http://a.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type, authorization",
+        }
+        answer = client.options("/generate_stream", headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert set(answer.headers["access-control-allow-methods"].split(", ")) == {"GET", "POST"}
+        allowed = answer.headers["access-control-allow-headers"].lower()
+        assert "content-type" in allowed
+        assert "authorization" in allowed
+        refused = client.options("/generate", headers=headers | {"Access-Control-Request-Method": "DELETE"})
+        assert refused.status_code == 400
+
+    @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/", "/tokenize"])
+    def test_answers_and_streams_may_be_read_elsewhere(self, client: TestClient, path: str) -> None:
+        for body in ({"inputs": "x"}, {"inputs": ""}, {}):
+            answer = client.post(path, json=body, headers={"Origin": "http://a.example"})
+            assert answer.headers["access-control-allow-origin"] == "*"
+
     def test_any_origin_may_read_by_default(self, client: TestClient) -> None:
         headers = client.get("/info", headers={"Origin": "http://a.example"}).headers
         assert headers["access-control-allow-origin"] == "*"

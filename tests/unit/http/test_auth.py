@@ -83,6 +83,17 @@ def test_a_refused_request_is_answered_before_its_body_is_read(guarded: TestClie
     assert guarded.post("/generate", content=b"{" * 3_000_000).status_code == 401
 
 
+def test_refusals_are_counted(guarded: TestClient) -> None:
+    for _ in range(3):
+        guarded.post("/generate", json={"inputs": "x"})
+    assert 'gyrfalcon_rejected_total{cause="unauthorized"} 3.0' in guarded.get("/metrics").text.splitlines()
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/chat_tokenize", "/invocations", "/vertex"])
+def test_what_tokenises_renders_or_generates_needs_a_key(guarded: TestClient, path: str) -> None:
+    assert guarded.post(path, json={"inputs": "x", "messages": []}).status_code == 401
+
+
 def test_a_browsers_preflight_needs_no_key(guarded: TestClient) -> None:
     headers = {
         "Origin": "http://example.com",

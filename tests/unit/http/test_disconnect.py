@@ -21,12 +21,18 @@ from gyrfalcon.testing.text import text_service
 
 @asynccontextmanager
 async def serving(
-    engine: FakeEngine, folder: Path, *, max_concurrent_requests: int = 128, **settings: Any
+    engine: FakeEngine,
+    folder: Path,
+    *,
+    max_concurrent_requests: int = 128,
+    grace_s: int | None = None,
+    **settings: Any,
 ) -> AsyncIterator[int]:
     """The application behind a real server on a free port."""
     service, metrics = text_service(engine, folder, max_concurrent_requests=max_concurrent_requests)
     app = create_app(service, HttpSettings(**settings), metrics)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=grace_s)
+    server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -94,6 +100,44 @@ async def test_a_client_that_leaves_while_its_request_waits_aborts_it(path: str,
         writer.transport.abort()  # as a crashed client: a reset, not an orderly end
         await until(lambda: engine.aborted)
         assert engine.stats().num_waiting == 0
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_client_that_leaves_is_counted_as_such(path: str, tokenizer_folder: Path) -> None:
+    engine = FakeEngine(step_s=0.005)
+    async with serving(engine, tokenizer_folder) as port:
+        _reader, writer = await post(port, path, **BODIES[path])
+        await until(lambda: engine.stats().decode_tokens > 3)
+        writer.close()
+        await until(lambda: engine.aborted)
+        _reader, scraping = await asyncio.open_connection("127.0.0.1", port)
+        scraping.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        lines = (await _reader.read()).splitlines()
+        scraping.close()
+    assert b'gyrfalcon_aborts_total{cause="disconnect"} 1.0' in lines
+    assert b'tgi_request_failure{err="dropped"} 1.0' in lines
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_what_runs_when_the_servers_patience_ends_is_told_so(path: str, tokenizer_folder: Path) -> None:
+    engine = FakeEngine(step_s=0.01)
+    async with serving(engine, tokenizer_folder, grace_s=0) as port:
+        reader, writer = await post(port, path, **BODIES[path])
+        await until(lambda: engine.stats().decode_tokens > 3)
+    received = await asyncio.wait_for(reader.read(), 2)
+    writer.close()
+    assert engine.aborted
+    if path == "/generate_stream":
+        assert received.startswith(b"HTTP/1.1 200 ")
+        last = received.split(b"data: ")[-1].split(b"\n")[0]
+        assert json.loads(last) == {
+            "error": "the server is shutting down",
+            "error_type": "incomplete_generation_stream",
+        }
+        assert received.endswith(b"0\r\n\r\n")
+    else:
+        assert received.startswith(b"HTTP/1.1 503 ")
+        assert b"the server is shutting down" in received
 
 
 async def test_a_neighbour_goes_on_when_a_client_leaves(tokenizer_folder: Path) -> None:

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.testclient import TestClient
 
 from gyrfalcon import errors
 from gyrfalcon.engine.interface import EngineState
+from gyrfalcon.http.app import create_app
+from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.tgi_render import render_error
+from gyrfalcon.http.wire import ServerStopping
 from gyrfalcon.service.tokenizer import load_tokenizer
 from gyrfalcon.testing.engine import FakeEngine
-from gyrfalcon.testing.text import EOS_ID, EOS_TOKEN
+from gyrfalcon.testing.text import EOS_ID, EOS_TOKEN, text_service, write_tokenizer
+from gyrfalcon.tracing import Tracer
 
 from .conftest import MakeClient
 
@@ -170,6 +178,7 @@ class TestGenerate:
             decoder_input_details=True,
             frequency_penalty=0.25,
             max_new_tokens=7,
+            min_new_tokens=3,
             repetition_penalty=1.5,
             seed=9,
             temperature=0.5,
@@ -187,7 +196,8 @@ class TestGenerate:
         assert sampling.do_sample
         assert sampling.watermark is not None
         assert request.prompt_ids == tuple(load_tokenizer(tokenizer_folder).encode(PROMPT)[-1:])
-        assert (request.max_new_tokens, request.top_n, request.prompt_logprobs) == (7, 2, True)
+        assert (request.max_new_tokens, request.min_new_tokens) == (7, 3)
+        assert (request.top_n, request.prompt_logprobs) == (2, True)
 
 
 class TestStream:
@@ -277,6 +287,67 @@ class TestCompat:
         assert client.post("/", json={"inputs": "x", "stream": stream}).status_code == 422
 
 
+class TestTokenize:
+    def test_tokens_have_the_bytes_they_came_from(self, client: TestClient, tokenizer_folder: Any) -> None:
+        text = "the déjà vu 🦅"
+        tokens = client.post("/tokenize", json={"inputs": text}).json()
+        assert [token["id"] for token in tokens] == load_tokenizer(tokenizer_folder).encode(text)
+        assert all(list(token) == ["id", "text", "start", "stop"] for token in tokens)
+        for token in tokens:
+            assert text.encode()[token["start"] : token["stop"]].decode() == token["text"]
+        assert (tokens[0]["start"], tokens[-1]["stop"]) == (0, len(text.encode()))
+
+    def test_parameters_are_read_and_have_no_effect(self, client: TestClient) -> None:
+        plain = client.post("/tokenize", json={"inputs": PROMPT}).json()
+        parameters = {"truncate": 1, "temperature": 0, "grammar": {"type": "json", "value": {}}}
+        assert client.post("/tokenize", json={"inputs": PROMPT, "parameters": parameters}).json() == plain
+        answer = client.post("/tokenize", json={"inputs": PROMPT, "parameters": {"truncate": "1"}})
+        assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
+
+    @pytest.mark.parametrize(("text", "num_tokens"), [("", 0), (" the" * 5000, 5000)])
+    def test_no_length_is_refused(self, client: TestClient, text: str, num_tokens: int) -> None:
+        assert len(client.post("/tokenize", json={"inputs": text}).json()) == num_tokens
+
+    def test_a_conversation_is_shown_as_the_template_writes_it(self, client: TestClient, tokenizer_folder: Any) -> None:
+        messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who?", "name": "x"}]
+        answer = client.post("/chat_tokenize", json={"messages": messages, "temperature": 3}).json()
+        assert list(answer) == ["tokenize_response", "templated_text"]
+        assert answer["templated_text"] == "System: Be short.\nUser: Who?\nAssistant:"
+        ids = load_tokenizer(tokenizer_folder).encode(answer["templated_text"], add_special_tokens=False)
+        assert [token["id"] for token in answer["tokenize_response"]] == ids
+        assert "tgi_request_count 1.0" in client.get("/metrics").text.splitlines()
+
+    def test_a_messages_pieces_are_joined(self, client: TestClient) -> None:
+        content = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]
+        answer = client.post("/chat_tokenize", json={"messages": [{"role": "user", "content": content}], "tools": []})
+        assert answer.json()["templated_text"] == "User: Who?\nAssistant:"
+
+    @pytest.mark.parametrize(
+        ("body", "kind", "named"),
+        [
+            ({"messages": []}, "validation", "`messages` must not be empty"),
+            ({}, "validation", "messages: Field required"),
+            ({"messages": [{"role": "user"}]}, "validation", "messages.0.content"),
+            ({"messages": [{"role": "user", "content": None}]}, "validation", "messages.0.content"),
+            ({"messages": [{"content": "x"}]}, "validation", "messages.0.role"),
+            ({"messages": [{"role": "u", "content": [{"type": "image_url"}]}]}, "validation", "messages.0.content"),
+            ({"messages": [{"role": "u", "content": "x"}], "tools": [{}]}, "validation", "`tools` is not supported"),
+            ({"messages": [{"role": "u", "content": "x"}], "tools": "x"}, "validation", "tools"),
+        ],
+    )
+    def test_a_bad_conversation_is_refused_by_name(self, client: TestClient, body: Any, kind: str, named: str) -> None:
+        answer = client.post("/chat_tokenize", json=body)
+        assert (answer.status_code, answer.json()["error_type"]) == (422, kind)
+        assert named in answer.json()["error"]
+
+    def test_a_model_without_a_template_says_so(self, tmp_path: Path) -> None:
+        service, metrics = text_service(FakeEngine(), write_tokenizer(tmp_path, chat_template=None))
+        client = TestClient(create_app(service, HttpSettings(), metrics))
+        answer = client.post("/chat_tokenize", json={"messages": [{"role": "user", "content": "x"}]})
+        assert (answer.status_code, answer.json()["error_type"]) == (422, "template_error")
+        assert 'tgi_request_failure{err="template"} 1.0' in client.get("/metrics").text.splitlines()
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("parameters", "text"),
@@ -286,6 +357,10 @@ class TestErrors:
             ({"max_new_tokens": 0}, "Input validation error: `max_new_tokens` must be strictly positive. Given: 0"),
             ({"top_n_tokens": 21}, "Input validation error: `top_n_tokens` must be >= 0 and <= 20. Given: 21"),
             ({"seed": 1, "best_of": 2, "do_sample": True}, "`seed` must not be set when `best_of` > 1"),
+            (
+                {"min_new_tokens": 21},
+                "Input validation error: `min_new_tokens` must not exceed the number of new tokens, 20. Given: 21",
+            ),
             ({"truncate": 0}, "Input validation error: `truncate` must be strictly positive"),
             (
                 {"max_new_tokens": 255},
@@ -320,6 +395,7 @@ class TestErrors:
             (errors.Overloaded("model is overloaded"), 429, "overloaded"),
             (errors.GenerationFailed("no"), 424, "generation"),
             (errors.EngineDead("gone"), 503, "generation"),
+            (ServerStopping(), 503, "incomplete_generation"),
             (RuntimeError("secret path /root"), 500, "internal"),
         ],
     )
@@ -360,3 +436,47 @@ class TestHealthAndInfo:
             *("max_client_batch_size", "router", "version", "sha", "docker_label", "max_input_length"),
         }
         assert (info["model_id"], info["max_total_tokens"], info["max_input_tokens"]) == ("tiny", 256, 255)
+
+
+class TestTraces:
+    TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 3}}),
+            ("/generate_stream", {"inputs": "x", "parameters": {"max_new_tokens": 3}}),
+            ("/", {"inputs": "x", "parameters": {"max_new_tokens": 3}}),
+            ("/chat", {"prompt": "x", "generate_kwargs": {"max_new_tokens": 3}}),
+        ],
+    )
+    def test_a_request_is_traced_below_its_caller_and_logged_with_the_trace(
+        self, tokenizer_folder: Path, path: str, body: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "gyrfalcon.telemetry")
+        exporter = InMemorySpanExporter()
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        service, metrics = text_service(FakeEngine(), tokenizer_folder, tracer=Tracer(provider))
+        client = TestClient(create_app(service, HttpSettings(), metrics))
+        answer = client.post(path, json=body, headers={"traceparent": f"00-{self.TRACE_ID}-00f067aa0ba902b7-01"})
+        assert answer.status_code == 200
+        spans = {span.name: span for span in exporter.get_finished_spans()}
+        assert set(spans) == {"text_completion tiny", "validation", "queue", "prefill", "decode"}
+        assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {self.TRACE_ID}
+        attributes = spans["text_completion tiny"].attributes or {}
+        assert attributes["gen_ai.usage.output_tokens"] == 3
+        (logged,) = caplog.records
+        assert logged.trace_id == self.TRACE_ID  # type: ignore[attr-defined]
+        assert logged.request_id == attributes["gen_ai.response.id"]  # type: ignore[attr-defined]
+
+    def test_without_tracing_the_callers_trace_is_logged(
+        self, client: TestClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "gyrfalcon.telemetry")
+        headers = {"traceparent": f"00-{self.TRACE_ID}-00f067aa0ba902b7-01"}
+        client.post("/generate", json={"inputs": "x"}, headers=headers)
+        client.post("/generate", json={"inputs": "x"})
+        first, second = caplog.records
+        assert first.trace_id == self.TRACE_ID  # type: ignore[attr-defined]
+        assert not hasattr(second, "trace_id")

@@ -20,6 +20,7 @@ from gyrfalcon.http.wire import (
     ClientGone,
     EventStream,
     MalformedBody,
+    ServerStopping,
     parse_json,
     quote,
     read_json,
@@ -339,7 +340,71 @@ class TestEventStream:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+class TestEndsOfAStream:
+    """Each way in which a stream is cut, and what is said of it."""
+
+    @staticmethod
+    def respond(server: Server, source: Source, **options: Any) -> tuple[asyncio.Task[None], list[str]]:
+        causes: list[str] = []
+        stream = EventStream(source.read(), last_words=b"data: end\n\n", on_abort=causes.append, **options)
+        return asyncio.ensure_future(stream({"type": "http"}, server.receive, server.send)), causes
+
+    async def test_a_whole_stream_is_not_an_abort(self) -> None:
+        response, causes = self.respond(Server(), Source(b"x"))
+        await response
+        assert causes == []
+
+    async def test_the_servers_end_is_said_in_an_event_of_its_own(self) -> None:
+        server, source = Server(), Source(*[b"data: 1\n\n"] * 1000, pause_s=0.02)
+        response, causes = self.respond(server, source)
+        await asyncio.sleep(0.05)
+        response.cancel()
+        await asyncio.wait_for(response, 1)
+        assert server.body == b"data: 1\n\ndata: 1\n\ndata: end\n\n"
+        assert server.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+        assert (causes, source.is_closed) == (["shutdown"], True)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    async def test_the_servers_end_does_not_wait_for_a_client_that_reads_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("gyrfalcon.http.wire.LAST_WORDS_S", 0.05)
+        server, source = Server(stuck_after=2), Source(*[b"x"] * 1000)
+        response, causes = self.respond(server, source)
+        await asyncio.sleep(0.02)
+        response.cancel()
+        await asyncio.wait_for(response, 1)
+        assert (causes, source.is_closed) == (["shutdown"], True)
+
+    async def test_a_client_that_leaves(self) -> None:
+        server, source = Server(), Source(*[b"x"] * 1000, pause_s=0.01)
+        response, causes = self.respond(server, source)
+        server.gone.set()
+        await asyncio.wait_for(response, 1)
+        assert causes == ["disconnect"]
+
+    async def test_a_client_that_stalls(self) -> None:
+        response, causes = self.respond(Server(stuck_after=3), Source(*[b"x"] * 1000), stall_s=0.05)
+        await asyncio.wait_for(response, 1)
+        assert causes == ["stall"]
+
+
 class TestUnlessGone:
+    async def test_the_servers_end_ends_the_work(self) -> None:
+        server, started = Server(), asyncio.Event()
+
+        async def work() -> None:
+            started.set()
+            await asyncio.sleep(30)
+
+        incoming = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, server.receive)
+        answer = asyncio.ensure_future(unless_gone(incoming, work()))
+        await started.wait()
+        answer.cancel()
+        with pytest.raises(ServerStopping, match="shutting down"):
+            await answer
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
     async def test_the_result_is_given(self) -> None:
         assert await unless_gone(request(b""), asyncio.sleep(0.01, "done")) == "done"
 

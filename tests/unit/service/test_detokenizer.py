@@ -1,14 +1,26 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gyrfalcon.service.detokenizer import Detokenizer, IncrementalDecoder, StopFinder
-from gyrfalcon.service.tokenizer import TextTokenizer
+from gyrfalcon.presets import bundled_folder
+from gyrfalcon.service.detokenizer import (
+    ByteDecoder,
+    Decoder,
+    Detokenizer,
+    StopFinder,
+    WindowDecoder,
+    incremental_decoder,
+)
+from gyrfalcon.service.tokenizer import TextTokenizer, load_tokenizer
 from gyrfalcon.testing.text import EOS_ID, EOS_TOKEN
 
+MakeDecoder = Callable[[TextTokenizer, Sequence[int]], Decoder]
+each_kind = pytest.mark.parametrize("make_decoder", [ByteDecoder, WindowDecoder])
 TEXTS = st.text(alphabet=st.sampled_from("ab ,.é北🦅\n"), max_size=40)
 
 
@@ -41,19 +53,23 @@ def llama_like() -> TextTokenizer:
     return TextTokenizer(backend, bos_token="<s>", eos_token="</s>")
 
 
+@each_kind
 @given(text=TEXTS, prompt=TEXTS)
-def test_token_texts_join_to_the_decoded_text(tokenizer: TextTokenizer, text: str, prompt: str) -> None:
-    decoder = IncrementalDecoder(tokenizer, tokenizer.encode(prompt + "x"))
+def test_token_texts_join_to_the_decoded_text(
+    make_decoder: MakeDecoder, tokenizer: TextTokenizer, text: str, prompt: str
+) -> None:
+    decoder = make_decoder(tokenizer, tokenizer.encode(prompt + "x"))
     assert "".join(map(decoder.push, bytewise(tokenizer, text))) == text
 
 
+@each_kind
 @given(ids=st.lists(st.integers(3, 399), max_size=120), prompt=st.lists(st.integers(3, 399), min_size=1, max_size=8))
 def test_any_ids_give_the_text_that_decoding_them_at_once_gives(
-    tokenizer: TextTokenizer, ids: list[int], prompt: list[int]
+    make_decoder: MakeDecoder, tokenizer: TextTokenizer, ids: list[int], prompt: list[int]
 ) -> None:
     # A prompt that ends inside a character would join with what follows, so it is closed by a letter.
     prompt += tokenizer.encode("x")
-    decoder = IncrementalDecoder(tokenizer, prompt)
+    decoder = make_decoder(tokenizer, prompt)
     together = "".join(map(decoder.push, ids))
     assert together == tokenizer.decode(ids).rstrip("\ufffd")
 
@@ -65,15 +81,18 @@ def test_a_decoder_with_byte_fallback_keeps_its_spaces_and_characters(
 ) -> None:
     prompt = [1, 260]  # "<s> hello"
     before = llama_like.decode(prompt)
-    decoder = IncrementalDecoder(llama_like, prompt)
+    decoder = incremental_decoder(llama_like, prompt)
     together = "".join(map(decoder.push, ids))
     whole = llama_like.decode(prompt + ids)
     if "\ufffd" not in whole:  # bytes that never become a character are replaced run by run, and runs differ
         assert before + together == whole
 
 
-def test_a_character_comes_with_the_token_that_completes_it(tokenizer: TextTokenizer) -> None:
-    decoder = IncrementalDecoder(tokenizer, tokenizer.encode("x"))
+@each_kind
+def test_a_character_comes_with_the_token_that_completes_it(
+    make_decoder: MakeDecoder, tokenizer: TextTokenizer
+) -> None:
+    decoder = make_decoder(tokenizer, tokenizer.encode("x"))
     assert list(map(decoder.push, bytewise(tokenizer, "a🦅b"))) == ["a", "", "", "", "🦅", "b"]
 
 
@@ -84,9 +103,10 @@ def test_text_before_an_incomplete_character_is_not_lost(tokenizer: TextTokenize
     assert text.text == "ab"
 
 
-def test_an_invalid_byte_is_shown_once_a_character_follows(tokenizer: TextTokenizer) -> None:
+@each_kind
+def test_an_invalid_byte_is_shown_once_a_character_follows(make_decoder: MakeDecoder, tokenizer: TextTokenizer) -> None:
     continuation, letter = bytewise(tokenizer, "é")[1], bytewise(tokenizer, "a")[0]
-    decoder = IncrementalDecoder(tokenizer, tokenizer.encode("x"))
+    decoder = make_decoder(tokenizer, tokenizer.encode("x"))
     assert [decoder.push(continuation), decoder.push(letter)] == ["", "\ufffda"]
 
 
@@ -94,7 +114,7 @@ def test_a_long_run_of_incomplete_characters_is_decoded_in_pieces(tokenizer: Tex
     # Each token ends with the first byte of the next character: nothing is ever complete at a token's end.
     first, *rest = bytewise(tokenizer, "é")
     ids = [first] + [id_ for _ in range(300) for id_ in (*rest, first)]
-    decoder = IncrementalDecoder(tokenizer, tokenizer.encode("x"))
+    decoder = WindowDecoder(tokenizer, tokenizer.encode("x"))
     pieces = [decoder.push(ids[0])] + [decoder.push(id_) for id_ in ids[1:]]
     assert "".join(pieces) == "é" * 300
     assert len(decoder._window) < 100
@@ -108,10 +128,33 @@ def test_special_tokens_show_their_literal_text_but_are_no_part_of_the_text(toke
     assert text.text == "hithere"
 
 
-def test_an_unknown_id_has_no_text(tokenizer: TextTokenizer) -> None:
-    decoder = IncrementalDecoder(tokenizer, tokenizer.encode("x"))
+@each_kind
+def test_an_unknown_id_has_no_text(make_decoder: MakeDecoder, tokenizer: TextTokenizer) -> None:
+    decoder = make_decoder(tokenizer, tokenizer.encode("x"))
     ids = [*tokenizer.encode("a"), 5000, *tokenizer.encode("b")]
     assert list(map(decoder.push, ids)) == ["a", "", "b"]
+
+
+@given(
+    ids=st.lists(st.one_of(st.integers(0, 399), st.integers(100, 255), st.sampled_from([EOS_ID, 5000])), max_size=60),
+    prompt=st.lists(st.integers(0, 399), min_size=1, max_size=8),
+)
+@settings(max_examples=300)
+def test_both_kinds_of_decoder_give_the_same(tokenizer: TextTokenizer, ids: list[int], prompt: list[int]) -> None:
+    by_bytes, by_window = ByteDecoder(tokenizer, prompt), WindowDecoder(tokenizer, prompt)
+    assert list(map(by_bytes.push, ids)) == list(map(by_window.push, ids))
+
+
+def test_each_tokenizer_has_the_decoder_that_fits(tokenizer: TextTokenizer, llama_like: TextTokenizer) -> None:
+    assert isinstance(incremental_decoder(tokenizer, [3]), ByteDecoder)
+    assert isinstance(incremental_decoder(llama_like, [1]), WindowDecoder)
+
+
+def test_the_bundled_models_tokens_are_bytes() -> None:
+    bundled = load_tokenizer(bundled_folder())
+    assert bundled.is_byte_level
+    for id_ in range(bundled.vocab_size):
+        assert bundled.token_piece(id_).raw.decode("utf-8", "replace") == bundled.decode([id_])
 
 
 PIECES = st.lists(st.text(alphabet="ab", max_size=4), max_size=20)

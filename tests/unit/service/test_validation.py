@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gyrfalcon.engine.interface import EngineFacts, WatermarkParams
+from gyrfalcon.engine.core import CoreLimits, EngineCore, StepOutcome
+from gyrfalcon.engine.interface import EngineFacts, EngineRequest, WatermarkParams
 from gyrfalcon.errors import InvalidRequest, PromptTooLong, SettingsError
 from gyrfalcon.service.interface import ChatMessage, ChatPrompt, GenerateCall, TokenPrompt
 from gyrfalcon.service.validation import (
@@ -17,6 +19,7 @@ from gyrfalcon.service.validation import (
     fit,
     resolve_limits,
 )
+from gyrfalcon.testing.executor import FakeExecutor
 
 LIMITS = Limits(max_total_tokens=100, max_input_tokens=80)
 FACTS = EngineFacts(
@@ -273,6 +276,13 @@ class TestLengths:
         assert fitted(10, min_length=-5).min_new_tokens == 0
         assert fitted(10, min_length=9999).min_new_tokens == 20
 
+    @pytest.mark.parametrize("also", [{}, {"max_new_tokens": 20}, {"max_length": 30}])
+    def test_a_minimum_of_new_tokens_above_the_maximum_is_refused(self, also: dict[str, int]) -> None:
+        assert fitted(10, min_new_tokens=20, **also).min_new_tokens == 20
+        with pytest.raises(InvalidRequest, match="20. Given: 21") as refused:
+            fitted(10, min_new_tokens=21, **also)
+        assert refused.value.parameter == "min_new_tokens"
+
     def test_dropping_the_start_keeps_the_prompts_end(self) -> None:
         kept = fitted(95, drop_start_to_fit=True, max_new_tokens=30)
         assert kept.ids == tuple(range(25, 95))
@@ -335,3 +345,56 @@ class TestResolveLimits:
         with pytest.raises(SettingsError) as refused:
             resolve_limits(FACTS, **settings)
         assert refused.value.setting == flag
+
+
+class TestSequencesThatShareTheCache:
+    """Nine blocks of four tokens; a prompt of ten has two whole blocks, which its sequences share."""
+
+    LIMITS = Limits(max_total_tokens=36, max_input_tokens=35, cache_tokens=36, block_size=4)
+
+    @pytest.mark.parametrize(("num_choices", "most"), [(1, 26), (2, 10), (3, 6), (4, 2)])
+    def test_as_many_new_tokens_as_their_own_blocks_hold(self, num_choices: int, most: int) -> None:
+        wanted: dict[str, Any] = {"best_of": num_choices, "do_sample": True, "limits": self.LIMITS}
+        assert fitted(10, max_new_tokens=most, **wanted).max_new_tokens == most
+        with pytest.raises(InvalidRequest) as refused:
+            fitted(10, max_new_tokens=most + 1, **wanted)
+        if num_choices > 1:
+            assert refused.value.parameter == "best_of"
+            assert f"each may have {most} new ones" in str(refused.value)
+
+    def test_the_bound_is_that_of_the_engine(self) -> None:
+        core = EngineCore(FakeExecutor(num_blocks=10, block_size=4), CoreLimits())
+        for num_choices in range(1, 5):
+            for num_prompt in range(1, 30):
+                for max_new in range(1, 37 - num_prompt):
+                    outcome = StepOutcome()
+                    request = EngineRequest(
+                        request_id="r",
+                        prompt_ids=tuple(range(num_prompt)),
+                        max_new_tokens=max_new,
+                        num_choices=num_choices,
+                    )
+                    core.submit(request, outcome)
+                    core.abort("r")
+                    try:
+                        fitted(
+                            num_prompt, limits=self.LIMITS, best_of=num_choices, do_sample=True, max_new_tokens=max_new
+                        )
+                        is_refused = False
+                    except InvalidRequest:
+                        is_refused = True
+                    assert is_refused == bool(outcome.failures), (num_choices, num_prompt, max_new)
+
+    def test_filling_the_context_takes_what_there_is(self) -> None:
+        limits = replace(self.LIMITS, default_max_new_tokens=None)
+        assert fitted(10, limits=limits, num_return_sequences=2, do_sample=True).max_new_tokens == 10
+        with pytest.raises(InvalidRequest) as refused:
+            fitted(33, limits=limits, num_return_sequences=2, do_sample=True)
+        assert refused.value.parameter == "num_return_sequences"
+
+    def test_no_more_of_them_than_the_batch_has_places(self) -> None:
+        limits = resolve_limits(FACTS, max_batch_size=2)
+        with pytest.raises(InvalidRequest, match="<= 2. Given: 3"):
+            count_choices(GenerateCall(prompt="x", best_of=3, do_sample=True), limits)
+        with pytest.raises(InvalidRequest, match="<= 2. Given: 3"):
+            count_choices(GenerateCall(prompt="x", num_return_sequences=3, do_sample=True), limits)
