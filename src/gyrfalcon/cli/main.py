@@ -15,6 +15,8 @@ from gyrfalcon.cli.generate import GENERATE_OPTIONS, generate
 from gyrfalcon.cli.launcher import launcher_command
 from gyrfalcon.cli.models import models
 from gyrfalcon.cli.serve import serve
+from gyrfalcon.cli.watermark import DETECT_OPTIONS, detect, with_own_exit_codes
+from gyrfalcon.cli.watermark_calibration import CALIBRATE_OPTIONS, watermark_calibrate
 from gyrfalcon.config import DEBUG_VARIABLE, OPTIONS
 from gyrfalcon.errors import GyrfalconError
 
@@ -31,6 +33,8 @@ app = typer.Typer(
 app.command()(command_with_settings(serve, OPTIONS, positional=True))
 app.command()(launcher_command())
 app.command()(command_with_settings(generate, GENERATE_OPTIONS))
+app.command()(with_own_exit_codes(command_with_settings(detect, DETECT_OPTIONS)))
+app.command()(command_with_settings(watermark_calibrate, CALIBRATE_OPTIONS))
 app.command()(models)
 app.command()(command_with_settings(bench, BENCH_OPTIONS))
 app.command()(command_with_settings(doctor, OPTIONS, positional=True))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gyrfalcon.engine.interface import FinishReason, TokenEvent
+from gyrfalcon.engine.beams import Search
+from gyrfalcon.engine.interface import EngineEvent, FinishReason, ScoreEvent, TokenEvent
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
 
 
@@ -33,6 +34,21 @@ def settle(
         if reason is None:
             going_on.append((draw.choice, draw.token_id))
     return events, going_on
+
+
+def report_search(group: SequenceGroup, search: Search) -> list[EngineEvent]:
+    """All there is to say of a search that has ended: each returned sequence's score, then its tokens."""
+    events: list[EngineEvent] = []
+    for choice, hypothesis in enumerate(search.best(group.request.num_choices)):
+        trail = list(hypothesis.trail.walk())
+        events.append(ScoreEvent(choice, hypothesis.score, tuple(step.beam for step in trail)))
+        for step in trail[:-1]:
+            events.append(TokenEvent(choice, step.token_id, step.score))
+        last = trail[-1]
+        is_long = len(trail) >= group.request.max_new_tokens
+        reason = FinishReason.LENGTH if is_long else FinishReason.EOS
+        events.append(TokenEvent(choice, last.token_id, last.score, reason))
+    return events
 
 
 def _finish_reason(group: SequenceGroup, sequence: Sequence, token_id: int) -> FinishReason | None:

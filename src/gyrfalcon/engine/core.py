@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gyrfalcon.engine.beams import Proposals
 from gyrfalcon.engine.block_pool import BlockPool
-from gyrfalcon.engine.branching import Draw, settle
+from gyrfalcon.engine.branching import Draw, report_search, settle
 from gyrfalcon.engine.interface import EngineEvent, EngineFacts, EngineRequest, EngineStats, PromptEvent, StepReading
-from gyrfalcon.engine.plan import gather_plan
+from gyrfalcon.engine.plan import gather_plan, gather_samples, wave_draws
 from gyrfalcon.engine.scheduler import ScheduledRow, Scheduler
 from gyrfalcon.engine.sequence import SequenceGroup
 from gyrfalcon.errors import OutOfCache
-from gyrfalcon.runner.interface import Executor, StepPlan, StepResult
+from gyrfalcon.runner.interface import Executor, SamplingColumns, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,8 @@ class EngineCore:
 
     def _commit(self, plan: StepPlan, rows: list[ScheduledRow], result: StepResult, outcome: StepOutcome) -> None:
         self._collect_prompt_logprobs(plan, rows, result)
-        draws = _draws_by_row(plan, rows, result)
+        samples = _samples_by_row(plan.samples)
+        searches: dict[str, dict[int, ScheduledRow]] = {}
         for index, row in enumerate(rows):
             group, sequence = row.group, row.sequence
             if group.request.request_id not in self._groups:
@@ -180,16 +182,77 @@ class EngineCore:
             self._scheduler.mark_computed(row)
             if not reaches_end:
                 continue
-            if any(draw.token_id < 0 for draw in draws[index]):
+            if any(result.token_ids_S[sample] < 0 for sample in samples.get(index, ())):
                 self._fail(group, "the model's logits are not finite", outcome)
                 continue
-            self._decode_tokens += len(draws[index])
+            if group.search is not None:
+                searches.setdefault(group.request.request_id, {})[index] = row
+                continue
+            draws = [
+                _draw(result, sample, choice, group.request.top_n)
+                for sample, choice in zip(samples[index], sequence.choices, strict=True)
+            ]
+            self._decode_tokens += len(draws)
             self._report_prompt(group, outcome)
-            events, going_on = settle(group, sequence, draws[index])
+            events, going_on = settle(group, sequence, draws)
             for event in events:
                 outcome.add(group.request.request_id, event)
             self._scheduler.continue_with(group, sequence, going_on)
             self._finish_if_done(group, outcome)
+        live = [searches[request_id] for request_id in searches if request_id in self._groups]
+        self._advance_searches(live, samples, result, outcome)
+
+    def _advance_searches(
+        self,
+        searches: list[dict[int, ScheduledRow]],
+        samples: dict[int, list[int]],
+        result: StepResult,
+        outcome: StepOutcome,
+    ) -> None:
+        """Take one step of every search whose rows have come to their end; `searches`: rows by index, each."""
+        wave = 0
+        taking_part = searches
+        while taking_part:
+            for rows in taking_part:
+                group = next(iter(rows.values())).group
+                assert group.search is not None
+                by_beam = {
+                    beam: _proposals(result, samples[index][0])
+                    for index, row in rows.items()
+                    for beam in row.sequence.choices
+                    if index in samples
+                }
+                group.search.advance(wave, [by_beam[beam] for beam in group.search.beams_of(wave)])
+            wave += 1
+            taking_part = [rows for rows in taking_part if _num_waves(rows) > wave]
+            if taking_part:
+                draws = [
+                    draw
+                    for rows in taking_part
+                    for index, row in rows.items()
+                    for draw in wave_draws(index, row.group, row.sequence, wave)
+                ]
+                columns = gather_samples(draws)
+                samples, result = _samples_by_row(columns), self._executor.choose(columns)
+        for rows in searches:
+            self._continue_search(rows, outcome)
+
+    def _continue_search(self, rows: dict[int, ScheduledRow], outcome: StepOutcome) -> None:
+        """Fork, extend and free a search's rows as it has chosen, or report what it found."""
+        group = next(iter(rows.values())).group
+        assert group.search is not None
+        self._decode_tokens += group.num_rows
+        self._report_prompt(group, outcome)
+        beams = group.search.end_step()
+        if not beams:
+            for event in report_search(group, group.search):
+                outcome.add(group.request.request_id, event)
+            self._scheduler.remove(group)
+            self._finish_if_done(group, outcome)
+            return
+        for sequence in list(group.sequences):
+            children = [(beam, one.token_id) for beam, one in enumerate(beams) if one.parent in sequence.choices]
+            self._scheduler.continue_with(group, sequence, children)
 
     def _collect_prompt_logprobs(self, plan: StepPlan, rows: list[ScheduledRow], result: StepResult) -> None:
         start = 0
@@ -229,16 +292,26 @@ def _mark_started(rows: list[ScheduledRow], now_s: float) -> int:
     return len(fresh)
 
 
-def _draws_by_row(plan: StepPlan, rows: list[ScheduledRow], result: StepResult) -> dict[int, list[Draw]]:
-    draws: dict[int, list[Draw]] = {}
-    top_n = plan.samples.top_n_S
-    token_ids, logprobs = result.token_ids_S.tolist(), result.logprobs_S.tolist()
-    for sample, index in enumerate(plan.samples.rows_S.tolist()):
-        taken = draws.setdefault(index, [])
-        choice = rows[index].sequence.choices[len(taken)]
-        top = _top_of(result, sample) if top_n[sample] else None
-        taken.append(Draw(choice, token_ids[sample], logprobs[sample], top))
-    return draws
+def _samples_by_row(columns: SamplingColumns) -> dict[int, list[int]]:
+    samples: dict[int, list[int]] = {}
+    for sample, index in enumerate(columns.rows_S.tolist()):
+        samples.setdefault(index, []).append(sample)
+    return samples
+
+
+def _num_waves(rows: dict[int, ScheduledRow]) -> int:
+    search = next(iter(rows.values())).group.search
+    return 0 if search is None else search.num_waves
+
+
+def _proposals(result: StepResult, sample: int) -> Proposals:
+    own = slice(*result.proposed.starts[sample : sample + 2])
+    return Proposals(result.proposed.ids[own], result.proposed.scores[own], result.proposed.keys[own])
+
+
+def _draw(result: StepResult, sample: int, choice: int, top_n: int) -> Draw:
+    top = _top_of(result, sample) if top_n else None
+    return Draw(choice, int(result.token_ids_S[sample]), float(result.logprobs_S[sample]), top)
 
 
 def _top_of(result: StepResult, sample: int) -> tuple[tuple[int, float], ...]:

@@ -33,27 +33,78 @@ class WatermarkParams(msgspec.Struct, frozen=True, kw_only=True):
     key: int = 15485863
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How one token is chosen from its logits; neutral values are off. Order of effect: as listed, then the draw."""
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
+    """How one token is chosen from its logits; neutral values are off. Order of effect: as listed, then the draw.
+
+    Every id is below the logits width, every number is finite in single precision. "The text" is the prompt and what
+    was generated, all as ids; "stop ids" are the request's `stop_token_ids`.
+
+    sequence_bias: (ids, bias) pairs; the bias is added to the last id where the others end the text. Of pairs with
+    equal ids the last counts. The diversity penalty of beam groups comes next in the order.
+    bad_words_ids: bans the last id of each where the others end the text; an entry that is one stop id is void. The
+    request's `min_new_tokens` comes next in the order.
+    exponential_decay_length_penalty: (start, factor); after `start` new tokens the stop ids' logits gain their
+    absolute value times factor ** (new tokens - start) - 1.
+    """
 
     watermark: WatermarkParams | None = None
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    encoder_repetition_penalty: float = 1.0  # > 0; multiplies positive and divides negative logits of the prompt's ids
     repetition_penalty: float = 1.0  # > 0; divides positive and multiplies negative logits of ids seen so far
     frequency_penalty: float = 0.0  # subtracts this times an id's share of the tokens so far
-    temperature: float = 1.0  # > 0; divides the logits
+    no_repeat_ngram_size: int = 0  # bans what would complete an n-gram of the text again; 0 is off
+    encoder_no_repeat_ngram_size: int = 0  # the same for n-grams of the prompt
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    forced_bos_token_id: int | None = None  # the only choice after a prompt of one token
+    forced_eos_token_ids: tuple[int, ...] = ()  # the only choices for the last of `max_new_tokens`
+    remove_invalid_values: bool = False  # NaN becomes 0, an infinity the largest finite number of its sign
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: tuple[int, ...] = ()  # never chosen, not even where forced
+    begin_suppress_tokens: tuple[int, ...] = ()  # not chosen as the first token; one forced by its position is not it
+    temperature: float = 1.0  # > 0; divides the logits; from here to `eta_cutoff` only where `do_sample`
     top_k: int = 0  # keeps the k largest and their ties; 0 keeps all
-    top_p: float = 1.0  # keeps the smallest set of likeliest tokens whose mass exceeds this
+    top_p: float = 1.0  # keeps the smallest set of likeliest tokens whose mass reaches this
+    min_p: float = 0.0  # keeps what is at least this times as likely as the likeliest token
     typical_p: float = 1.0  # keeps the tokens of most typical information content up to this mass
+    epsilon_cutoff: float = 0.0  # keeps what is at least this likely; below 1
+    eta_cutoff: float = 0.0  # the same, by a threshold that falls as the entropy grows; below 1
+    renormalize_logits: bool = False  # scores become log-probabilities again, which beams see in their sums
     do_sample: bool = False  # False takes the largest logit, the lowest id on a tie
     seed: int = 0  # 0 <= seed < 2**64; choice c draws with the stream of (seed + c) mod 2**64
+
+
+class EarlyStopping(enum.StrEnum):
+    """When a beam search whose finished slots are all filled stops."""
+
+    TRUE = "true"  # at once
+    FALSE = "false"  # when no running beam would be better if it ended now
+    NEVER = "never"  # when none could be better at any length
+
+
+class BeamParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Beam search; the request's `num_choices` best sequences are returned.
+
+    num_beams: >= 2 and >= num_choices. num_beam_groups: divides num_beams; above 1 the search is diverse and
+    deterministic. diversity_penalty: subtracted from a token's score for every beam of an earlier group that chose it
+    in the same step. length_penalty: finished sequences are ranked by score / length**this. padding_id: what finished
+    groups of a diverse search go on with; the first stop id if None.
+    """
+
+    num_beams: int
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = EarlyStopping.FALSE
+    padding_id: int | None = None
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and what to generate from it.
 
     request_id: made by the server, unique among live requests. prompt_ids: at least one id, each below the
-    logits width. num_choices: independent continuations, forked from one prefill. max_new_tokens: >= 1, and
-    len(prompt_ids) + max_new_tokens <= EngineFacts.max_total_tokens. min_new_tokens: the stop ids are banned
-    before this many tokens. stop_token_ids: end a choice; the id itself is reported as its last token.
+    logits width. num_choices: independent continuations forked from one prefill, or with beams the best sequences.
+    max_new_tokens: >= 1, and len(prompt_ids) + max_new_tokens <= EngineFacts.max_total_tokens. min_new_tokens: the
+    stop ids are banned before this many tokens. stop_token_ids: end a choice; the id itself is its last token.
     prompt_logprobs: also score the prompt (raw logits), which forgoes prefix reuse. top_n: also report this many
     likeliest tokens a step. cache_salt: requests share cached prefixes only under an equal salt.
     """
@@ -62,6 +113,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
+    beams: BeamParams | None = None
     num_choices: int = 1
     min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
@@ -96,7 +148,18 @@ class TokenEvent(msgspec.Struct, frozen=True, tag="token"):
     top: tuple[tuple[int, float], ...] | None = None
 
 
-EngineEvent = PromptEvent | TokenEvent
+class ScoreEvent(msgspec.Struct, frozen=True, tag="score"):
+    """How a beam search ranked a choice; comes before that choice's tokens, all of which come at the end.
+
+    score: what it was ranked by. beam_indices: for each of its tokens the beam it was appended to.
+    """
+
+    choice: int
+    score: float
+    beam_indices: tuple[int, ...]
+
+
+EngineEvent = PromptEvent | ScoreEvent | TokenEvent
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gyrfalcon.engine import token_rules
 from gyrfalcon.engine.interface import SamplingParams, WatermarkParams
 from gyrfalcon.engine.scheduler import ScheduledRow
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
-from gyrfalcon.runner.interface import Ints, Longs, SamplingColumns, StepPlan
+from gyrfalcon.engine.token_rules import NO_IDS, NO_WEIGHTS
+from gyrfalcon.runner.interface import Floats, IdLists, Ints, SamplingColumns, StepPlan, WeightedIdLists
 
 SEED_MASK = 2**64 - 1
-NO_IDS = np.empty(0, dtype=np.int32)
 
 
 def gather_plan(rows: list[ScheduledRow]) -> StepPlan:
@@ -28,7 +29,11 @@ def gather_plan(rows: list[ScheduledRow]) -> StepPlan:
         token_ids_T=np.concatenate([_query_ids(row) for row in rows]),
         block_tables_RW=block_tables_RW,
         block_copies_C2=np.array([pair for row in rows for pair in row.block_copies], dtype=np.int32).reshape(-1, 2),
-        samples=_gather_samples(rows),
+        samples=gather_samples([draw for index, row in enumerate(rows) for draw in first_draws(index, row)]),
+        kept_rows=np.array(
+            [index for index, row in enumerate(rows) if row.group.search and row.group.search.num_waves > 1],
+            dtype=np.int32,
+        ),
         scored_rows=np.array(scored, dtype=np.int32),
         scored_ids=np.concatenate([_successor_ids(rows[index]) for index in scored]) if scored else NO_IDS,
     )
@@ -50,13 +55,15 @@ def _successor_ids(row: ScheduledRow) -> Ints:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draw:
-    """One token to be drawn: for which choice, from which row."""
+class Draw:
+    """What is to be drawn from a row: one token for one choice, or a beam's candidates."""
 
     row_index: int
     group: SequenceGroup
     sequence: Sequence
     choice: int
+    num_candidates: int = 0  # of a beam; 0 for a choice's one token
+    chosen_before: tuple[tuple[int, int], ...] = ()  # ids that earlier beam groups chose in this step, and how often
 
     @property
     def params(self) -> SamplingParams:
@@ -71,49 +78,104 @@ class _Draw:
         return (self.params.seed + self.choice) & SEED_MASK
 
     def history(self) -> Ints:
-        """The ids so far, where a processor looks at them."""
-        needs_history = self.params.repetition_penalty != 1.0 or self.params.frequency_penalty != 0.0
-        return self.sequence.token_ids if needs_history else NO_IDS
+        """The ids so far, where a penalty looks at them."""
+        params = self.params
+        is_neutral = (
+            params.repetition_penalty == 1.0
+            and params.frequency_penalty == 0.0
+            and params.encoder_repetition_penalty == 1.0
+        )
+        return NO_IDS if is_neutral else self.sequence.token_ids
 
-    def banned_ids(self) -> Ints:
-        """The ids that would end the choice too early."""
-        is_short = self.group.num_generated(self.sequence) < self.group.request.min_new_tokens
-        return np.array(self.group.request.stop_token_ids, dtype=np.int32) if is_short else NO_IDS
+    def diversity(self) -> tuple[Ints, Floats]:
+        """The ids chosen before in this step, with their counts."""
+        if not self.chosen_before:
+            return NO_IDS, NO_WEIGHTS
+        ids, counts = zip(*self.chosen_before, strict=True)
+        return np.array(ids, dtype=np.int32), np.array(counts, dtype=np.float32)
 
 
-def _gather_samples(rows: list[ScheduledRow]) -> SamplingColumns:
-    draws = [
-        _Draw(index, row.group, row.sequence, choice)
-        for index, row in enumerate(rows)
-        if row.reaches_end
-        for choice in row.sequence.choices
-    ]
-    history_ids, history_starts = _pack([draw.history() for draw in draws])
-    banned_ids, banned_starts = _pack([draw.banned_ids() for draw in draws])
+def first_draws(row_index: int, row: ScheduledRow) -> list[Draw]:
+    """The draws of a row that reaches its end: one for every choice it carries, or those of a search's first wave."""
+    if not row.reaches_end:
+        return []
+    group, sequence = row.group, row.sequence
+    if group.search is not None:
+        return wave_draws(row_index, group, sequence, 0)
+    return [Draw(row_index, group, sequence, choice) for choice in sequence.choices]
+
+
+def wave_draws(row_index: int, group: SequenceGroup, sequence: Sequence, wave: int) -> list[Draw]:
+    """One draw for the beams of the wave that this row carries; beams that share a row share their candidates."""
+    assert group.search is not None
+    beams = [beam for beam in sequence.choices if beam in group.search.beams_of(wave)]
+    counts = tuple(group.search.chosen_before().items())
+    return [Draw(row_index, group, sequence, beam, group.search.num_candidates(wave), counts) for beam in beams[:1]]
+
+
+def gather_samples(draws: list[Draw]) -> SamplingColumns:
+    """The draws' parameters as columns."""
+    params = [draw.params for draw in draws]
+    requests = [draw.group.request for draw in draws]
+    texts = [draw.sequence.token_ids for draw in draws]
+    lengths = [len(text) for text in texts]
+    decays = list(map(token_rules.decay, requests, lengths))
     return SamplingColumns(
         rows_S=np.array([draw.row_index for draw in draws], dtype=np.int32),
-        positions_S=np.array([draw.sequence.num_tokens for draw in draws], dtype=np.int32),
+        positions_S=np.array(lengths, dtype=np.int32),
         seeds_S=np.array([draw.seed for draw in draws], dtype=np.uint64),
-        do_sample_S=np.array([draw.params.do_sample for draw in draws], dtype=np.bool_),
-        temperature_S=np.array([draw.params.temperature for draw in draws], dtype=np.float32),
-        top_k_S=np.array([draw.params.top_k for draw in draws], dtype=np.int32),
-        top_p_S=np.array([draw.params.top_p for draw in draws], dtype=np.float32),
-        typical_p_S=np.array([draw.params.typical_p for draw in draws], dtype=np.float32),
-        repetition_penalty_S=np.array([draw.params.repetition_penalty for draw in draws], dtype=np.float32),
-        frequency_penalty_S=np.array([draw.params.frequency_penalty for draw in draws], dtype=np.float32),
+        do_sample_S=np.array([each.do_sample for each in params], dtype=np.bool_),
         watermark_gamma_S=np.array([draw.mark.gamma if draw.mark else 0.0 for draw in draws], dtype=np.float32),
         watermark_delta_S=np.array([draw.mark.delta if draw.mark else 0.0 for draw in draws], dtype=np.float32),
         watermark_key_S=np.array([draw.mark.key if draw.mark else 0 for draw in draws], dtype=np.uint64),
-        top_n_S=np.array([draw.group.request.top_n for draw in draws], dtype=np.int32),
-        history_ids=history_ids,
-        history_starts=history_starts,
-        banned_ids=banned_ids,
-        banned_starts=banned_starts,
+        bias=_pack_weighted(list(map(token_rules.biased_ids, requests, texts))),
+        diversity=_pack_weighted([draw.diversity() for draw in draws]),
+        diversity_penalty_S=np.array(
+            [request.beams.diversity_penalty if request.beams else 0.0 for request in requests], dtype=np.float32
+        ),
+        history=_pack([draw.history() for draw in draws]),
+        prompt_lens_S=np.array([draw.group.num_prompt_tokens for draw in draws], dtype=np.int32),
+        encoder_repetition_factor_S=np.array(
+            [1 / each.encoder_repetition_penalty for each in params], dtype=np.float32
+        ),
+        repetition_penalty_S=np.array([each.repetition_penalty for each in params], dtype=np.float32),
+        frequency_penalty_S=np.array([each.frequency_penalty for each in params], dtype=np.float32),
+        banned=_pack(list(map(token_rules.banned_ids, requests, texts))),
+        forced=_pack([np.array(ids, dtype=np.int32) for ids in map(token_rules.forced_ids, requests, lengths)]),
+        remove_invalid_S=np.array([each.remove_invalid_values for each in params], dtype=np.bool_),
+        decaying=_pack(
+            [
+                np.array(request.stop_token_ids, dtype=np.int32) if rate != 0.0 else NO_IDS
+                for request, rate in zip(requests, decays, strict=True)
+            ]
+        ),
+        decay_S=np.array(decays, dtype=np.float32),
+        suppressed=_pack(list(map(token_rules.suppressed_ids, requests, lengths))),
+        temperature_S=np.array([each.temperature for each in params], dtype=np.float32),
+        top_k_S=np.array([each.top_k for each in params], dtype=np.int32),
+        top_p_S=np.array([each.top_p for each in params], dtype=np.float32),
+        min_p_S=np.array([each.min_p for each in params], dtype=np.float32),
+        typical_p_S=np.array([each.typical_p for each in params], dtype=np.float32),
+        epsilon_cutoff_S=np.array([each.epsilon_cutoff for each in params], dtype=np.float32),
+        eta_cutoff_S=np.array([each.eta_cutoff for each in params], dtype=np.float32),
+        # Beams need a candidate that goes on besides every stop id.
+        keep_S=np.array(
+            [1 + len(request.stop_token_ids) if request.beams else 1 for request in requests], dtype=np.int32
+        ),
+        renormalize_S=np.array([each.renormalize_logits for each in params], dtype=np.bool_),
+        top_n_S=np.array([0 if request.beams else request.top_n for request in requests], dtype=np.int32),
+        num_candidates_S=np.array([draw.num_candidates for draw in draws], dtype=np.int32),
     )
 
 
-def _pack(parts: list[Ints]) -> tuple[Ints, Longs]:
+def _pack(parts: list[Ints]) -> IdLists:
     """The parts end to end, and where each starts, with the end as a last entry."""
     starts = np.zeros(len(parts) + 1, dtype=np.int64)
     np.cumsum([len(part) for part in parts], out=starts[1:])
-    return (np.concatenate(parts) if parts else NO_IDS), starts
+    return IdLists(np.concatenate(parts) if parts else NO_IDS, starts)
+
+
+def _pack_weighted(parts: list[tuple[Ints, Floats]]) -> WeightedIdLists:
+    lists = _pack([ids for ids, _ in parts])
+    weights = np.concatenate([weights for _, weights in parts]) if parts else NO_WEIGHTS
+    return WeightedIdLists(lists.ids, weights, lists.starts)

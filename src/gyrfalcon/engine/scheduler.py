@@ -7,8 +7,7 @@ it, so the oldest always advances and nothing can wait in a circle.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from gyrfalcon.engine.block_pool import BlockPool
@@ -53,7 +52,7 @@ class Scheduler:
 
     def can_ever_run(self, group: SequenceGroup) -> bool:
         """Whether the cache and the batch could hold the group at its largest, alone."""
-        return self._most_blocks(group) <= self._pool.num_usable and group.request.num_choices <= self._max_rows
+        return self._most_blocks(group) <= self._pool.num_usable and group.num_rows <= self._max_rows
 
     def add(self, group: SequenceGroup) -> None:
         self._waiting.append(group)
@@ -102,25 +101,21 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRow]:
         """Rows of the next step, in no order that matters; empty only when nothing can run."""
         step = _Step(self._token_budget)
-        for group, sequence in self._sequences_in_order():
-            if sequence.num_pending_tokens == 1 and sequence.blocks:
-                self._schedule_row(step, group, sequence)
         for group in list(self._running):
-            # A group's sequences catch up one after another: the later ones then find the shared prefix published.
-            behind = next((s for s in group.sequences if s.num_pending_tokens > 1 or not s.blocks), None)
-            if behind is None or step.budget == 0 or group not in self._running:
-                continue
-            if behind.blocks or self._admit(group, behind):
-                self._schedule_row(step, group, behind)
-        while self._waiting and step.budget > 0:
+            self._schedule_decoding(step, group)
+        is_blocked = False
+        for group in list(self._running):
+            if step.budget > 0 and group in self._running:
+                is_blocked |= not self._schedule_catching_up(step, group)
+        # Who was preempted comes back before anyone new takes the blocks it waits for.
+        while self._waiting and step.budget > 0 and not is_blocked:
             group = self._waiting[0]
-            if self._reserved_rows() + group.num_live_choices > self._max_rows or not self._admit(
-                group, group.sequences[0]
-            ):
+            first = group.sequences[0]
+            if self._reserved_rows() + group.num_rows > self._max_rows or not self._admit(group, first):
                 break  # strictly first come, first served: nobody overtakes the one who does not fit
             self._waiting.popleft()
             self._running.append(group)
-            self._schedule_row(step, group, group.sequences[0])
+            self._schedule_row(step, group, first, _most_catching_up(group, first))
         return list(step.rows.values())
 
     def mark_computed(self, row: ScheduledRow) -> None:
@@ -140,7 +135,8 @@ class Scheduler:
         The first keeps the sequence, the others fork it and share its blocks.
         """
         survivors = tuple(choice for choice, _ in drawn)
-        group.ended_choices.update(choice for choice in sequence.choices if choice not in survivors)
+        if group.search is None:
+            group.ended_choices.update(choice for choice in sequence.choices if choice not in survivors)
         forks = []
         for choice, token_id in drawn[1:]:
             twin = sequence.fork(choice)
@@ -158,8 +154,37 @@ class Scheduler:
 
     # Blocks
 
-    def _schedule_row(self, step: _Step, group: SequenceGroup, sequence: Sequence) -> None:
-        num_query_tokens = min(sequence.num_pending_tokens, step.budget)
+    def _schedule_decoding(self, step: _Step, group: SequenceGroup) -> None:
+        """The group's sequences that only lack the token drawn last; of a group in step, all or none."""
+        if group not in self._running:
+            return
+        if not group.moves_in_step:
+            for sequence in list(group.sequences):
+                if sequence.num_pending_tokens == 1 and sequence.blocks:
+                    self._schedule_row(step, group, sequence, 1)
+        elif (
+            all(sequence.num_pending_tokens == 1 and sequence.blocks for sequence in group.sequences)
+            and len(group.sequences) <= step.budget
+            and self._free_for_all(step, group)
+        ):
+            for sequence in group.sequences:
+                self._schedule_row(step, group, sequence, 1)
+
+    def _schedule_catching_up(self, step: _Step, group: SequenceGroup) -> bool:
+        """The group's first sequence that lacks more; False if it has to wait for blocks.
+
+        One after another: the later ones then find the prefix they share published.
+        """
+        behind = next((s for s in group.sequences if s.num_pending_tokens > 1 or not s.blocks), None)
+        if behind is None:
+            return True
+        if not behind.blocks and not self._admit(group, behind):
+            return False
+        self._schedule_row(step, group, behind, _most_catching_up(group, behind))
+        return True
+
+    def _schedule_row(self, step: _Step, group: SequenceGroup, sequence: Sequence, most_tokens: int) -> None:
+        num_query_tokens = min(sequence.num_pending_tokens, step.budget, most_tokens)
         if num_query_tokens == 0:
             return
         row = ScheduledRow(group, sequence, num_query_tokens)
@@ -175,7 +200,7 @@ class Scheduler:
         while pool.num_free < num_missing + copies_shared_block:
             # The row holds blocks or was admitted a moment ago because it fits, so the last holder is not before it.
             group, victim = self._last_holder()
-            if victim is sequence:
+            if victim is sequence or (group is row.group and group.moves_in_step):
                 return False
             self._preempt(step, group, victim)
             copies_shared_block = offset > 0 and pool.references(sequence.blocks[first_written]) > 1
@@ -187,6 +212,28 @@ class Scheduler:
         for _ in range(num_missing):
             sequence.blocks.append(pool.allocate())
         return True
+
+    def _free_for_all(self, step: _Step, group: SequenceGroup) -> bool:
+        """Free what all of the group's sequences need for one more token each; False if those ahead hold it."""
+        while self._pool.num_free < self._num_blocks_for_next(group):
+            last, victim = self._last_holder()
+            if last is group:
+                return False
+            self._preempt(step, last, victim)
+        return True
+
+    def _num_blocks_for_next(self, group: SequenceGroup) -> int:
+        """Free blocks that one more token for every sequence takes: new ones, and copies of shared ones."""
+        num_new = 0
+        writers: Counter[int] = Counter()
+        for sequence in group.sequences:
+            index, offset = divmod(sequence.num_computed_tokens, self._pool.block_size)
+            if offset == 0:
+                num_new += 1
+            else:
+                writers[sequence.blocks[index]] += 1
+        # The last writer keeps a block that only the group's writers hold.
+        return num_new + sum(count - (self._pool.references(block) == count) for block, count in writers.items())
 
     def _admit(self, group: SequenceGroup, sequence: Sequence) -> bool:
         """Give a sequence without blocks its reusable prefix, if all its tokens would fit beside what runs."""
@@ -211,11 +258,15 @@ class Scheduler:
         return True
 
     def _preempt(self, step: _Step, group: SequenceGroup, sequence: Sequence) -> None:
-        """Take a sequence's blocks; it will be computed again, and noise by position makes it draw the same."""
-        step.drop(sequence)
-        self._release_blocks(sequence)
-        sequence.num_computed_tokens = 0
-        sequence.num_published = 0
+        """Take a sequence's blocks; it will be computed again, and noise by position makes it draw the same.
+
+        Of a group in step all sequences go: none could advance without the one.
+        """
+        for victim in list(group.sequences) if group.moves_in_step else [sequence]:
+            step.drop(victim)
+            self._release_blocks(victim)
+            victim.num_computed_tokens = 0
+            victim.num_published = 0
         if group.scores_prompt:
             group.prompt_logprobs = [None]
         group.num_preemptions += 1
@@ -238,11 +289,6 @@ class Scheduler:
 
     # Order
 
-    def _sequences_in_order(self) -> Iterator[tuple[SequenceGroup, Sequence]]:
-        for group in list(self._running):
-            for sequence in list(group.sequences):
-                yield group, sequence
-
     def _last_holder(self) -> tuple[SequenceGroup, Sequence]:
         return next(
             (group, sequence)
@@ -255,14 +301,19 @@ class Scheduler:
         return sum(bool(sequence.blocks) for group in self._running for sequence in group.sequences)
 
     def _reserved_rows(self) -> int:
-        return sum(group.num_live_choices for group in self._running)
+        return sum(group.num_rows for group in self._running)
 
     def _most_blocks(self, group: SequenceGroup) -> int:
         """Blocks the group holds at its longest: whole prompt blocks are shared, all others are a choice's own."""
         request = group.request
         num_shared = len(request.prompt_ids) // self._pool.block_size
         longest = self._pool.num_blocks_for(len(request.prompt_ids) + request.max_new_tokens)
-        return num_shared + request.num_choices * (longest - num_shared)
+        return num_shared + group.num_rows * (longest - num_shared)
+
+
+def _most_catching_up(group: SequenceGroup, sequence: Sequence) -> int:
+    """How much of a sequence may be caught up: where the group moves in step, its last token waits for the others."""
+    return sequence.num_pending_tokens - (1 if group.moves_in_step else 0)
 
 
 class _Step:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gyrfalcon.engine.beams import Search, make_search
 from gyrfalcon.engine.block_pool import block_key, first_parent
 from gyrfalcon.engine.interface import EngineRequest
 
@@ -79,10 +80,12 @@ class SequenceGroup:
     prompt_logprobs: list[float | None] | None = None  # collected so far, when asked for
     prompt_reported: bool = False
     num_preemptions: int = 0
+    search: Search | None = None  # of a request with beams; its choices are then the beams
 
     def __post_init__(self) -> None:
         request = self.request
-        choices = tuple(range(request.num_choices))
+        self.search = make_search(request)
+        choices = tuple(range(self.num_rows))
         self.sequences = [Sequence(request.prompt_ids, request.max_new_tokens, choices, self.salt)]
         if request.prompt_logprobs:
             self.prompt_logprobs = [None]
@@ -93,8 +96,18 @@ class SequenceGroup:
 
     @property
     def num_live_choices(self) -> int:
-        """Choices still generating: the rows this group may come to need."""
+        """Choices still generating."""
         return self.request.num_choices - len(self.ended_choices)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows this group may come to need."""
+        return self.num_live_choices if self.request.beams is None else self.request.beams.num_beams
+
+    @property
+    def moves_in_step(self) -> bool:
+        """Whether its sequences can only advance together, as beams do, which are compared with each other."""
+        return self.search is not None and len(self.sequences) > 1
 
     @property
     def is_finished(self) -> bool:

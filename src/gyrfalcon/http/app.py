@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from gyrfalcon import __version__
-from gyrfalcon.http import kaito, platforms, tgi
+from gyrfalcon.http import kaito, platforms, tgi, watermark
 from gyrfalcon.http.auth import ApiKeyMiddleware, routed_path
 from gyrfalcon.http.header_limits import HeaderLimitMiddleware
 from gyrfalcon.http.openapi import openapi_document
@@ -81,6 +81,7 @@ def create_app(
     dialect = tgi.TgiDialect(service, settings, metrics)
     dialect.add_routes(app)
     kaito.KaitoDialect(service, settings, metrics).add_routes(app)
+    watermark.WatermarkRoute(service, settings, metrics).add_routes(app)
     _add_metrics(app, metrics)
     open_paths = (*OPEN_PATHS, *filter(None, [settings.health_path]))
     _add_documentation(app, open_paths, has_keys=bool(settings.api_keys))
@@ -128,7 +129,7 @@ def _add_documentation(app: FastAPI, open_paths: Collection[str], *, has_keys: b
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = (*tgi.SCHEMAS, *kaito.SCHEMAS, *platforms.SCHEMAS)
+            schemas = (*tgi.SCHEMAS, *kaito.SCHEMAS, *platforms.SCHEMAS, *watermark.SCHEMAS)
             app.openapi_schema = openapi_document(app, schemas, open_paths=open_paths, has_keys=has_keys)
         return app.openapi_schema
 

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from gyrfalcon.errors import SettingsError
 from gyrfalcon.http.settings import HttpSettings
-from gyrfalcon.http.tgi import LIST_OR_STREAM, TgiDialect, add_post, to_call
+from gyrfalcon.http.tgi import LIST_OR_STREAM, TgiDialect, add_post
 from gyrfalcon.http.tgi_schema import VERTEX_EXAMPLE, CompatGenerateRequest, VertexRequest, VertexResponse
 from gyrfalcon.http.wire import WRONG_SHAPE, MalformedBody, cancel_all, json_response, parse_body, unless_gone
 from gyrfalcon.metrics import Metrics
@@ -68,7 +68,7 @@ class PlatformRoutes:
                 _refuse_openai("/vertex", instance)
             body = parse_body(value, VertexRequest)
             self._metrics.request_begins()  # besides each of the instances, as TGI counts
-            calls = [to_call(instance, request) for instance in body.instances]
+            calls = [self._dialect.call(instance, request) for instance in body.instances]
             completions = await unless_gone(request, self._complete_all(calls))
             texts = [
                 (instance.inputs if instance.parameters.return_full_text else "") + completion.choices[0].text

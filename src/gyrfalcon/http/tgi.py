@@ -213,23 +213,37 @@ class TgiDialect:
         return await self.answer(request, body, returns_prompt, as_list=True)
 
     async def answer(self, request: Request, body: GenerateRequest, returns_prompt: bool, *, as_list: bool) -> Response:
-        call = to_call(body, request)
+        call = self.call(body, request)
         completion = await unless_gone(request, self._service.complete(call))
         answer = render_completion(completion, body, returns_prompt)
         headers = self._headers(call, body) | render_timings(completion)
         return json_response([answer] if as_list else answer, headers=headers)
 
     def stream(self, request: Request, body: GenerateRequest, returns_prompt: bool) -> Response:
-        call = to_call(body, request)
+        """A stream, also of the one event that says what is wrong with the body's meaning."""
         settings = self._settings
+        prompt = body.inputs if returns_prompt else ""
+        try:
+            call = self.call(body, request)
+        except errors.RequestError as error:
+            return EventStream(_only(sse(render_error(error)[1])))
         return EventStream(
-            self._events(call, body.inputs if returns_prompt else "", body.parameters.details),
+            self._events(call, prompt, body.parameters.details),
             headers=self._headers(call, body),
             ping_s=settings.ping_s,
             stall_s=settings.stall_s,
             last_words=STOPPED_EVENT,
             on_abort=self._metrics.request_aborted,
         )
+
+    def call(self, body: GenerateRequest, request: Request) -> GenerateCall:
+        """The body as a call. Raises NotSupported, which counts as the service's own refusals do."""
+        try:
+            return to_call(body, request)
+        except errors.NotSupported:
+            self._metrics.request_begins()
+            self._metrics.request_failed("validation")
+            raise
 
     def failure(self, error: Exception) -> Response:
         """The answer to a request that failed before it was answered."""
@@ -253,6 +267,10 @@ class TgiDialect:
         except errors.UnknownModel:
             return headers  # the stream's only event says what is wrong
         return headers | render_compute_headers(body, model, self._settings.compute_type)
+
+
+async def _only(chunk: bytes) -> AsyncGenerator[bytes, None]:
+    yield chunk
 
 
 def add_post(

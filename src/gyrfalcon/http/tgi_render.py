@@ -12,10 +12,9 @@ import numpy as np
 
 from gyrfalcon import __version__, errors
 from gyrfalcon.http.tgi_schema import GenerateRequest
-from gyrfalcon.http.wire import ClientGone, MalformedBody, ServerStopping, sse, to_json
+from gyrfalcon.http.wire import ClientGone, MalformedBody, ServerStopping, sse
 from gyrfalcon.service.interface import (
     Choice,
-    ChoiceEnd,
     Completion,
     Delta,
     FinishReason,
@@ -44,8 +43,6 @@ BODY_ERROR_TYPES = {
 # What a stream says that the server's end has cut.
 STOPPED_EVENT = sse({"error": "the server is shutting down", "error_type": "incomplete_generation_stream"})
 
-_SPECIAL, _PLAIN = b"true", b"false"
-
 
 def render_completion(completion: Completion, body: GenerateRequest, returns_prompt: bool) -> dict[str, Any]:
     """A `GenerateResponse`; members that were not asked for are absent, not null."""
@@ -64,11 +61,8 @@ def render_completion(completion: Completion, body: GenerateRequest, returns_pro
 
 
 def render_events(deltas: Sequence[Delta], prompt: str, has_details: bool) -> bytes:
-    """A stream's events, one a token. `prompt` is put in front of the final text; `has_details` ends with details.
-
-    The shape never varies but for its last event, so it is written around the one thing that needs escaping.
-    """
-    return b"".join([_event(delta, prompt, has_details) for delta in deltas])
+    """A stream's events, one a token. `prompt` is put in front of the final text; `has_details` ends with details."""
+    return b"".join([sse(_event(delta, prompt, has_details)) for delta in deltas])
 
 
 def render_compute_headers(body: GenerateRequest, model: ModelInfo, compute_type: str | None) -> dict[str, str]:
@@ -173,30 +167,21 @@ def _in_wire_names(error: errors.InvalidRequest) -> str:
     return str(error).replace(f"`{error.parameter}`", f"`{name}`")
 
 
-def _event(delta: Delta, prompt: str, has_details: bool) -> bytes:
-    token = delta.token
-    parts = to_json({"text": token.text, "logprob": np.float32(token.logprob)})
-    head = b'data: {"index":%d,"token":{"id":%d,%b,"special":%b}' % (
-        delta.index,
-        token.id,
-        parts[1:-1],
-        _SPECIAL if token.special else _PLAIN,
-    )
-    if token.top is not None:
-        head += b',"top_tokens":' + to_json([_token(each) for each in token.top])
-    if delta.end is None:
-        return head + b',"generated_text":null,"details":null}\n\n'
-    details = to_json(_stream_details(delta.end) if has_details else None)
-    return head + b',"generated_text":%b,"details":%b}\n\n' % (to_json(prompt + delta.end.text), details)
-
-
-def _stream_details(end: ChoiceEnd) -> dict[str, Any]:
-    return {
-        "finish_reason": FINISH_REASONS[end.finish_reason],
-        "generated_tokens": end.num_tokens,
-        "seed": end.seed,
-        "input_length": end.num_prompt_tokens,
-    }
+def _event(delta: Delta, prompt: str, has_details: bool) -> dict[str, Any]:
+    event: dict[str, Any] = {"index": delta.index, "token": _token(delta.token)}
+    if delta.token.top is not None:
+        event["top_tokens"] = [_token(token) for token in delta.token.top]
+    end = delta.end
+    event["generated_text"] = None if end is None else prompt + end.text
+    event["details"] = None
+    if end is not None and has_details:
+        event["details"] = {
+            "finish_reason": FINISH_REASONS[end.finish_reason],
+            "generated_tokens": end.num_tokens,
+            "seed": end.seed,
+            "input_length": end.num_prompt_tokens,
+        }
+    return event
 
 
 def _sequence(choice: Choice, prefill: list[dict[str, Any]]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ NOT_JSON = "Failed to parse the request body as JSON"
 WRONG_SHAPE = "Failed to deserialize the JSON body into the target type"
 
 _JSON_TYPE = re.compile(r"application/(?:[\w.!#$&^-]+\+)?json", re.IGNORECASE)
+_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789.", b"0000000000")
 
 
@@ -121,8 +122,12 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
 
 
 def sse(value: object) -> bytes:
-    """One server-sent event."""
-    return b"data: " + to_json(value) + b"\n\n"
+    """One server-sent event, on one line also for clients that take U+0085, U+2028 and U+2029 for line ends."""
+    text = to_json(value)
+    if not text.isascii():
+        for char, escaped in _LINE_ENDS:
+            text = text.replace(char, escaped)
+    return b"data: " + text + b"\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

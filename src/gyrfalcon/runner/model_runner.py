@@ -18,10 +18,9 @@ from gyrfalcon.kernels.select import select_ops
 from gyrfalcon.models.decoder import CausalLM
 from gyrfalcon.models.registry import load_model
 from gyrfalcon.runner.batch import ForwardBatch, make_batch
-from gyrfalcon.runner.interface import ExecutorFacts, Floats, StepPlan, StepResult
+from gyrfalcon.runner.choosing import RowLogits, choose_or_propose
+from gyrfalcon.runner.interface import ExecutorFacts, Floats, SamplingColumns, StepPlan, StepResult
 from gyrfalcon.runner.kv_cache import CacheShape, allocate_cache
-from gyrfalcon.runner.logits import process_logits
-from gyrfalcon.runner.sampler import Chosen, choose
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,7 @@ class ModelRunner:
         self._ops = select_ops(device)
         shape = cache_shape(model, block_size)
         self._caches = allocate_cache(shape, num_blocks, device)
+        self._kept: RowLogits | None = None
         self.facts = ExecutorFacts(
             vocab_size=model.spec.vocab_size,
             max_context=model.spec.max_context,
@@ -58,31 +58,36 @@ class ModelRunner:
         self._copy_blocks(batch)
         hidden_TD = self._model.forward(batch.ids_T, batch.positions_T, batch.attention, self._caches)
         forward_end_s = time.perf_counter()
-        result = _as_result(self._choose(plan, batch, hidden_TD), self._score_prompts(plan, batch, hidden_TD))
+        logits = self._last_logits(plan, batch, hidden_TD)
+        self._kept = logits if len(plan.kept_rows) else None
+        result = choose_or_propose(logits, plan.samples)
         return dataclasses.replace(
-            result, forward_s=forward_end_s - started_s, sample_s=time.perf_counter() - forward_end_s
+            result,
+            scored_logprobs=self._score_prompts(plan, batch, hidden_TD),
+            forward_s=forward_end_s - started_s,
+            sample_s=time.perf_counter() - forward_end_s,
         )
+
+    @torch.inference_mode()
+    def choose(self, samples: SamplingColumns) -> StepResult:
+        assert self._kept is not None, "the last plan kept no rows"
+        return choose_or_propose(self._kept, samples)
 
     def close(self) -> None:
         self._caches = []
+        self._kept = None
 
     def _copy_blocks(self, batch: ForwardBatch) -> None:
         if len(batch.copy_sources_C):
             for cache in self._caches:
                 self._ops.copy_blocks(cache, batch.copy_sources_C, batch.copy_targets_C)
 
-    def _choose(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> Chosen:
-        columns = plan.samples
-        if not len(columns.rows_S):
-            nothing = torch.empty(0)
-            return Chosen(nothing.long(), nothing, [])
-        # A row whose token is drawn for several choices has its logits computed once.
-        rows, row_of_sample = np.unique(columns.rows_S, return_inverse=True)
-        last_tokens = batch.attention.query_starts[1:][rows] - 1
-        logits = self._model.logits(hidden_TD[torch.from_numpy(last_tokens).to(self._device)])
-        logits_SV = logits[torch.from_numpy(row_of_sample).to(self._device)]
-        last_ids_S = plan.token_ids_T[last_tokens][row_of_sample]
-        return choose(process_logits(logits_SV, columns, last_ids_S), columns)
+    def _last_logits(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> RowLogits:
+        """Logits of the rows that something is drawn from, now or later; once, however often they are drawn from."""
+        rows_N = np.union1d(plan.samples.rows_S, plan.kept_rows)
+        last_tokens_N = batch.attention.query_starts[1:][rows_N] - 1
+        hidden_ND = hidden_TD[torch.from_numpy(last_tokens_N).to(self._device)]
+        return RowLogits(rows_N, self._model.logits(hidden_ND), plan.token_ids_T[last_tokens_N])
 
     def _score_prompts(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> Floats:
         """Log-probability of each scored id under the raw logits of the token before it; NaN where there is none."""
@@ -154,21 +159,3 @@ def _free_bytes(device: str) -> int:
     if device == "cpu":
         return int(psutil.virtual_memory().available)
     return int(torch.cuda.mem_get_info()[0])
-
-
-def _as_result(chosen: Chosen, scored_logprobs: Floats) -> StepResult:
-    top_starts = np.zeros(len(chosen.top) + 1, dtype=np.int64)
-    np.cumsum([0 if top is None else len(top[0]) for top in chosen.top], out=top_starts[1:])
-    listed = [top for top in chosen.top if top is not None]
-    return StepResult(
-        token_ids_S=chosen.token_ids_S.cpu().numpy().astype(np.int32),
-        logprobs_S=chosen.logprobs_S.cpu().numpy(),
-        top_ids=torch.cat([ids for ids, _ in listed]).cpu().numpy().astype(np.int32)
-        if listed
-        else np.empty(0, dtype=np.int32),
-        top_logprobs=torch.cat([logprobs for _, logprobs in listed]).cpu().numpy()
-        if listed
-        else np.empty(0, dtype=np.float32),
-        top_starts=top_starts,
-        scored_logprobs=scored_logprobs,
-    )

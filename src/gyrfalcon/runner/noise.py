@@ -1,8 +1,7 @@
 """Randomness without state: noise is a function of (seed, position, token id).
 
-A draw therefore does not depend on the batch, on preemption, on the rank or on the device. The generator is
-SplitMix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195): the value of token id t is output t + 1 of the
-stream whose state is a key mixed from seed and position.
+A draw therefore does not depend on the batch, on preemption, on the rank or on the device. The keys of a step are
+made by `gyrfalcon.splitmix`; here the same generator runs over a whole vocabulary, on the device.
 """
 
 from __future__ import annotations
@@ -11,31 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gyrfalcon.runner.interface import Ints, Seeds
+from gyrfalcon.runner.interface import Seeds
+from gyrfalcon.splitmix import GOLDEN, MANTISSA_BITS, MIX_1, MIX_2, draw_keys, watermark_keys
 
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-
-_MANTISSA_BITS = 53
-
-
-def draw_keys(seeds_S: Seeds, positions_S: Ints) -> Seeds:
-    """Stream keys of draws, one a sample."""
-    return _mix(_mix(seeds_S) + positions_S.astype(np.uint64) * np.uint64(_GAMMA))
-
-
-def watermark_keys(keys_S: Seeds, last_ids_S: Ints) -> Seeds:
-    """Stream keys of green lists, one a sample: of the operator's key and the token before the drawn one."""
-    # Another constant than a draw's, so that a watermark with the key of someone's seed is not that seed's noise.
-    return _mix(_mix(keys_S ^ np.uint64(_MIX_2)) + last_ids_S.astype(np.uint64) * np.uint64(_GAMMA))
-
-
-def _mix(state: Seeds) -> Seeds:
-    """SplitMix64's output function."""
-    z = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
-    return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
+__all__ = ["as_tensor", "draw_keys", "gumbel", "uniform_bits", "watermark_keys"]
 
 
 def uniform_bits(keys: Tensor, ids: Tensor) -> Tensor:
@@ -43,17 +21,17 @@ def uniform_bits(keys: Tensor, ids: Tensor) -> Tensor:
 
     keys, ids: int64 of one shape after broadcasting; keys hold the 64 bits of a stream key.
     """
-    z = (ids + 1) * _signed(_GAMMA) + keys
-    z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
-    z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
+    z = (ids + 1) * _signed(GOLDEN) + keys
+    z = (z ^ _shift_right(z, 30)) * _signed(MIX_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(MIX_2)
     z = z ^ _shift_right(z, 31)
-    return _shift_right(z, 64 - _MANTISSA_BITS)
+    return _shift_right(z, 64 - MANTISSA_BITS)
 
 
 def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     """Standard Gumbel noise for each token id, float64; the argmax of logits plus it is a draw from their softmax."""
     # Half a step is added so that neither 0 nor 1 can come out, where the logarithms are infinite.
-    uniform = (uniform_bits(keys, ids).double() + 0.5) * 2.0**-_MANTISSA_BITS
+    uniform = (uniform_bits(keys, ids).double() + 0.5) * 2.0**-MANTISSA_BITS
     return -torch.log(-torch.log(uniform))
 
 

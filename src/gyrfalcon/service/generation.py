@@ -17,6 +17,8 @@ from gyrfalcon.service.interface import (
     ChoiceEnd,
     Completion,
     Delta,
+    DetectCall,
+    Detection,
     EngineHealth,
     EngineState,
     FinishReason,
@@ -40,6 +42,7 @@ from gyrfalcon.service.validation import (
     count_choices,
     fit,
 )
+from gyrfalcon.service.watermark import check_size, detect
 from gyrfalcon.telemetry import RequestRecord, log_request, new_request_id
 from gyrfalcon.tracing import Tracer, trace_id_of
 
@@ -91,6 +94,19 @@ class GenerationService:
         if len(text) < SHORT_TEXT_CHARS:
             return tokenizer.spans(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.spans, text, add_special_tokens=add_special_tokens)
+
+    async def detect(self, call: DetectCall) -> Detection:
+        model = self._models.resolve(call.model)
+        check_size(call)
+        # In a thread: the work grows with the text and the number of keys.
+        return await asyncio.to_thread(
+            detect,
+            call,
+            model=model.name,
+            tokenizer=model.tokenizer,
+            num_ids=model.engine.facts.vocab_size,
+            settings=model.watermark,
+        )
 
     async def render_chat(self, prompt: ChatPrompt, *, model: str | None = None) -> str:
         self._metrics.request_begins()
@@ -195,7 +211,7 @@ class Run:
                     if isinstance(event, PromptEvent):
                         self._record.queue_s = event.queue_s
                         self._prompt_logprobs = event.logprobs
-                    elif not self._is_ended[event.choice]:
+                    elif isinstance(event, TokenEvent) and not self._is_ended[event.choice]:
                         deltas.append(self._delta(event))
                 if deltas:
                     self._record.tokens_came()

@@ -21,14 +21,18 @@ __all__ = [
     "ChoiceEnd",
     "Completion",
     "Delta",
+    "DetectCall",
+    "Detection",
     "EngineHealth",
     "EngineState",
     "EngineStats",
     "FinishReason",
     "GenerateCall",
     "GeneratedToken",
+    "KeyScore",
     "ModelInfo",
     "PromptToken",
+    "ScoredToken",
     "TextService",
     "TextSpan",
     "Timings",
@@ -193,6 +197,55 @@ class TextSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DetectCall:
+    """A text to look for a watermark in; None where the server's own setting holds. Nothing in it is checked yet."""
+
+    text: str | TokenPrompt
+    prompt: str | TokenPrompt | None = None  # what the text went on from: gives its first token a context
+    model: str | None = None  # whose tokenizer, and whose server's settings
+    keys: tuple[int, ...] | None = None
+    gamma: float | None = None
+    alpha: float | None = None  # false-positive rate of the decision, over all keys together
+    ignore_repeated: bool = True  # score a token after the same token once only
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """One token of a text that was looked at. is_scored: it has a context, and did not occur after it before."""
+
+    id: int
+    text: str
+    is_scored: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyScore:
+    """What one key says of a text. Without a scored token there is nothing but `p_value` 1."""
+
+    num_green: int  # of the scored tokens
+    green_fraction: float | None
+    z_score: float | None
+    p_value: float  # chance of as many green tokens or more in a text that does not know the key
+    corrected_p_value: float  # the same for the smallest of as many p-values as there are keys
+    is_found: bool | None  # None: too few tokens to say
+    green: tuple[bool | None, ...]  # for each token of the text; None where it has no context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """What all keys say of a text, in their order; the keys themselves are not in it."""
+
+    model: str
+    gamma: float
+    alpha: float
+    num_scored: int
+    is_found: bool | None  # by any key; None: too few tokens to say, and `reason` says how many it takes
+    reason: str | None
+    keys: tuple[KeyScore, ...]
+    tokens: tuple[ScoredToken, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A served model and the limits in force for it."""
 
@@ -240,6 +293,10 @@ class TextService(Protocol):
         self, text: str, *, model: str | None = None, add_special_tokens: bool = True
     ) -> tuple[TextSpan, ...]:
         """The text's tokens; no limit on their number applies."""
+        ...
+
+    async def detect(self, call: DetectCall) -> Detection:
+        """Whether the text carries a watermark of one of the keys."""
         ...
 
     async def render_chat(self, prompt: ChatPrompt, *, model: str | None = None) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from gyrfalcon.engine.interface import EngineFacts, SamplingParams, WatermarkParams
 from gyrfalcon.errors import InvalidRequest, PromptTooLong, SettingsError
 from gyrfalcon.service.interface import ChatMessage, ChatPrompt, GenerateCall, TokenPrompt
+from gyrfalcon.splitmix import MANTISSA_BITS, green_threshold
 
 SEED_RANGE = 2**64
 # Reported seeds survive clients whose JSON numbers are doubles.
@@ -306,7 +307,7 @@ def _sampling(call: GenerateCall, num_choices: int, watermark: WatermarkParams) 
         (temperature not in {None, 1.0}, top_k is not None, top_p is not None, typical_p is not None)
     )
     return SamplingParams(
-        watermark=watermark if call.watermark else None,
+        watermark=_check_applicable(watermark) if call.watermark else None,
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
         temperature=temperature if does_sample and temperature is not None else 1.0,
@@ -316,6 +317,21 @@ def _sampling(call: GenerateCall, num_choices: int, watermark: WatermarkParams) 
         do_sample=does_sample,
         seed=secrets.randbits(DRAWN_SEED_BITS) if call.seed is None else call.seed,
     )
+
+
+def _check_applicable(watermark: WatermarkParams) -> WatermarkParams:
+    """The server's watermark, which must mark text also in the single precision that it is computed with."""
+    if not 0 < green_threshold(watermark.gamma) < 2**MANTISSA_BITS:
+        raise InvalidRequest(
+            "watermark",
+            f"`watermark` cannot be applied: with this server's gamma of {watermark.gamma} all tokens have one colour",
+        )
+    if not np.float32(watermark.delta) > 0.0:
+        raise InvalidRequest(
+            "watermark",
+            f"`watermark` cannot be applied: with this server's delta of {watermark.delta} green tokens gain nothing",
+        )
+    return watermark
 
 
 def _check_positive(name: str, value: float) -> float:

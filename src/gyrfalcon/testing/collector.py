@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gyrfalcon.engine.core import EngineCore, StepOutcome
-from gyrfalcon.engine.interface import EngineRequest, FinishReason, PromptEvent, TokenEvent
+from gyrfalcon.engine.interface import EngineRequest, FinishReason, PromptEvent, ScoreEvent
 
 
 class Collector:
@@ -13,6 +13,7 @@ class Collector:
         self.core = core
         self.tokens: dict[str, list[list[int]]] = {}  # by choice
         self.logprobs: dict[str, list[list[float]]] = {}
+        self.scores: dict[str, list[float]] = {}  # of searches, by rank
         self.reasons: dict[str, dict[int, FinishReason]] = {}
         self.prompts: dict[str, PromptEvent] = {}
         self.finished: list[str] = []
@@ -39,7 +40,9 @@ class Collector:
                 if isinstance(event, PromptEvent):
                     assert request_id not in self.prompts
                     self.prompts[request_id] = event
-                elif isinstance(event, TokenEvent):
+                elif isinstance(event, ScoreEvent):
+                    self.scores.setdefault(request_id, []).append(event.score)
+                else:
                     assert request_id in self.prompts
                     assert event.choice not in self.reasons[request_id]
                     self.tokens[request_id][event.choice].append(event.token_id)

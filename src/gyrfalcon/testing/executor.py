@@ -5,13 +5,14 @@ A wrong block table, a missed copy or a stale prefix therefore changes the outpu
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 
 from gyrfalcon.engine.core import CoreLimits, EngineCore
-from gyrfalcon.runner.interface import ExecutorFacts, StepPlan, StepResult
+from gyrfalcon.runner.interface import ExecutorFacts, ProposedTokens, SamplingColumns, StepPlan, StepResult
 
 UNWRITTEN = -7
 
@@ -42,6 +43,7 @@ class FakeExecutor:
         self._cache = np.full((num_blocks, block_size), UNWRITTEN, dtype=np.int32)
         self._before_step = before_step
         self.plans: list[StepPlan] = []
+        self._plan: StepPlan
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
@@ -55,24 +57,40 @@ class FakeExecutor:
             blocks = plan.block_tables_RW[row, positions // block_size]
             self._cache[blocks, positions % block_size] = plan.token_ids_T[start : start + length]
             start += length
-        columns = plan.samples
-        token_ids = []
-        for sample, (row, seed, samples) in enumerate(
-            zip(columns.rows_S, columns.seeds_S, columns.do_sample_S, strict=True)
+        self._plan = plan
+        scored = plan.scored_ids
+        return dataclasses.replace(
+            self.choose(plan.samples),
+            scored_logprobs=np.where(scored < 0, np.nan, -scored / 8).astype(np.float32),
+        )
+
+    def choose(self, samples: SamplingColumns) -> StepResult:
+        token_ids, proposed = [], []
+        for sample, (row, seed, does_sample, count) in enumerate(
+            zip(samples.rows_S, samples.seeds_S, samples.do_sample_S, samples.num_candidates_S, strict=True)
         ):
-            banned = columns.banned_ids[columns.banned_starts[sample] : columns.banned_starts[sample + 1]]
-            token_id = fake_token(self._visible(plan, int(row)), int(seed) if samples else 0, self.facts.vocab_size)
+            banned = samples.banned.ids[samples.banned.starts[sample] : samples.banned.starts[sample + 1]]
+            visible = self._visible(self._plan, int(row))
+            token_id = fake_token(visible, int(seed) if does_sample else 0, self.facts.vocab_size)
             while token_id in banned:
                 token_id = (token_id + 1) % self.facts.vocab_size
             token_ids.append(token_id)
-        scored = plan.scored_ids
+            proposed.append((token_id + np.arange(count)) % self.facts.vocab_size)
+        counts = samples.num_candidates_S.astype(np.int64)
+        scores = np.concatenate([-(np.arange(count) + 1) / 8 for count in counts] or [np.empty(0)])
         return StepResult(
             token_ids_S=np.array(token_ids, dtype=np.int32),
             logprobs_S=np.array([-token_id / 8 for token_id in token_ids], dtype=np.float32),
             top_ids=np.empty(0, dtype=np.int32),
             top_logprobs=np.empty(0, dtype=np.float32),
             top_starts=np.zeros(len(token_ids) + 1, dtype=np.int64),
-            scored_logprobs=np.where(scored < 0, np.nan, -scored / 8).astype(np.float32),
+            scored_logprobs=np.empty(0, dtype=np.float32),
+            proposed=ProposedTokens(
+                ids=np.concatenate(proposed).astype(np.int32) if proposed else np.empty(0, dtype=np.int32),
+                scores=scores.astype(np.float32),
+                keys=scores.astype(np.float64),
+                starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            ),
         )
 
     def close(self) -> None:

@@ -42,6 +42,11 @@ def events(client: TestClient, path: str = "/generate_stream", **body: Any) -> l
     return [json.loads(frame.removeprefix("data: ")) for frame in frames]
 
 
+def requests_of(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    """What was logged of finished requests."""
+    return [record for record in caplog.records if record.name == "gyrfalcon.telemetry"]
+
+
 @pytest.fixture
 def playing(make_client: MakeClient, tokenizer_folder: Any) -> TestClient:
     """An engine that writes ` the town` and ends."""
@@ -147,7 +152,7 @@ class TestGenerate:
     ) -> None:
         caplog.set_level("INFO", "gyrfalcon.telemetry")
         answers = [client.post(path, json={"inputs": "x"}) for path in ("/generate", "/generate_stream", "/")]
-        logged = [record.request_id for record in caplog.records]  # type: ignore[attr-defined]
+        logged = [record.request_id for record in requests_of(caplog)]
         assert logged == [answer.headers["x-request-id"] for answer in answers]
         assert len(set(logged)) == 3
 
@@ -165,9 +170,12 @@ class TestGenerate:
         self, client: TestClient, path: str, name: str, value: object
     ) -> None:
         answer = client.post(path, json={"inputs": "x", "parameters": {name: value}})
-        assert answer.status_code == 422
-        assert answer.json()["error_type"] == "validation"
-        assert f"`{name}`" in answer.json()["error"]
+        is_stream = path == "/generate_stream"
+        assert answer.status_code == (200 if is_stream else 422)
+        refusal = json.loads(answer.text.removeprefix("data: "))
+        assert refusal["error_type"] == "validation"
+        assert f"`{name}`" in refusal["error"]
+        assert 'tgi_request_failure{err="validation"} 1.0' in client.get("/metrics").text.splitlines()
         assert client.post(path, json={"inputs": "x", "parameters": {name: None}}).status_code == 200
 
     def test_every_parameter_reaches_the_engine(self, make_client: MakeClient, tokenizer_folder: Any) -> None:
@@ -228,6 +236,13 @@ class TestStream:
         *tokens, last = events(playing, parameters={"return_full_text": True})
         assert last["generated_text"] == PROMPT + " the town"
         assert not tokens[0]["token"]["text"].startswith("the people")
+
+    @pytest.mark.parametrize("char", ["\x85", "\u2028", "\u2029", "\n", "\r", "\x0b", "\x1c"])
+    def test_no_character_breaks_an_event_into_lines(self, client: TestClient, char: str) -> None:
+        body = {"inputs": f"a{char}b", "parameters": {"return_full_text": True, "max_new_tokens": 1}}
+        answer = client.post("/generate_stream", json=body)
+        (line,) = [line for line in answer.text.splitlines() if line]
+        assert json.loads(line.removeprefix("data: "))["generated_text"].startswith(body["inputs"])
 
     def test_there_is_no_end_mark(self, playing: TestClient) -> None:
         answer = playing.post("/generate_stream", json={"inputs": PROMPT})
@@ -466,9 +481,9 @@ class TestTraces:
         assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {self.TRACE_ID}
         attributes = spans["text_completion tiny"].attributes or {}
         assert attributes["gen_ai.usage.output_tokens"] == 3
-        (logged,) = caplog.records
-        assert logged.trace_id == self.TRACE_ID  # type: ignore[attr-defined]
-        assert logged.request_id == attributes["gen_ai.response.id"]  # type: ignore[attr-defined]
+        (logged,) = requests_of(caplog)
+        assert logged.trace_id == self.TRACE_ID
+        assert logged.request_id == attributes["gen_ai.response.id"]
 
     def test_without_tracing_the_callers_trace_is_logged(
         self, client: TestClient, caplog: pytest.LogCaptureFixture
@@ -477,6 +492,6 @@ class TestTraces:
         headers = {"traceparent": f"00-{self.TRACE_ID}-00f067aa0ba902b7-01"}
         client.post("/generate", json={"inputs": "x"}, headers=headers)
         client.post("/generate", json={"inputs": "x"})
-        first, second = caplog.records
-        assert first.trace_id == self.TRACE_ID  # type: ignore[attr-defined]
+        first, second = requests_of(caplog)
+        assert first.trace_id == self.TRACE_ID
         assert not hasattr(second, "trace_id")

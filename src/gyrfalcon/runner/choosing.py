@@ -1,0 +1,90 @@
+"""From rows' logits to a step's result: processors, then one token a choice and the candidates of every beam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gyrfalcon.runner.interface import Ints, Longs, ProposedTokens, SamplingColumns, StepResult
+from gyrfalcon.runner.logits import process_logits
+from gyrfalcon.runner.proposals import Proposed, propose
+from gyrfalcon.runner.sampler import choose
+
+# N rows, S samples, V vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogits:
+    """Raw logits of some of a plan's rows, in ascending order of their index."""
+
+    rows_N: Ints
+    logits_NV: Tensor  # float32
+    last_ids_N: Ints  # the token whose successor they are about
+
+
+def choose_or_propose(rows: RowLogits, columns: SamplingColumns) -> StepResult:
+    """The samples' tokens or candidates. Prompt scores are not part of it."""
+    num_samples = len(columns.rows_S)
+    of_sample = np.searchsorted(rows.rows_N, columns.rows_S)
+    scores_SV = rows.logits_NV[torch.from_numpy(of_sample).to(rows.logits_NV.device)]
+    beams = np.flatnonzero(columns.num_candidates_S > 0)
+    choices = np.flatnonzero(columns.num_candidates_S == 0)
+    if beams.size:
+        # Beams add their scores up, so processors see log-probabilities there and logits elsewhere.
+        where = torch.from_numpy(beams).to(scores_SV.device)
+        scores_SV[where] = torch.log_softmax(scores_SV[where], dim=-1)
+    scores_SV = process_logits(scores_SV, columns, rows.last_ids_N[of_sample])
+
+    token_ids_S = np.zeros(num_samples, dtype=np.int32)
+    logprobs_S = np.zeros(num_samples, dtype=np.float32)
+    top: list[tuple[Tensor, Tensor] | None] = [None] * num_samples
+    if choices.size:
+        chosen = choose(*_some(scores_SV, columns, choices))
+        token_ids_S[choices] = chosen.token_ids_S.cpu().numpy()
+        logprobs_S[choices] = chosen.logprobs_S.cpu().numpy()
+        for sample, likeliest in zip(choices.tolist(), chosen.top, strict=True):
+            top[sample] = likeliest
+    proposed: list[Proposed | None] = [None] * num_samples
+    if beams.size:
+        for sample, own in zip(beams.tolist(), propose(*_some(scores_SV, columns, beams)), strict=True):
+            proposed[sample] = own
+            token_ids_S[sample] = -1 if own is None else 0
+    listed = [pair for pair in top if pair is not None]
+    return StepResult(
+        token_ids_S=token_ids_S,
+        logprobs_S=logprobs_S,
+        top_ids=_joined([ids for ids, _ in listed], np.int32),
+        top_logprobs=_joined([logprobs for _, logprobs in listed], np.float32),
+        top_starts=_starts([0 if pair is None else len(pair[0]) for pair in top]),
+        scored_logprobs=np.empty(0, dtype=np.float32),
+        proposed=_pack(proposed),
+    )
+
+
+def _some(scores_SV: Tensor, columns: SamplingColumns, samples: np.ndarray) -> tuple[Tensor, SamplingColumns]:
+    if len(samples) == len(scores_SV):
+        return scores_SV, columns
+    return scores_SV[torch.from_numpy(samples).to(scores_SV.device)], columns.take(samples)
+
+
+def _pack(proposed: list[Proposed | None]) -> ProposedTokens:
+    own = [one for one in proposed if one is not None]
+    return ProposedTokens(
+        ids=_joined([one.ids_C for one in own], np.int32),
+        scores=_joined([one.scores_C for one in own], np.float32),
+        keys=_joined([one.keys_C for one in own], np.float64),
+        starts=_starts([0 if one is None else len(one.ids_C) for one in proposed]),
+    )
+
+
+def _joined(parts: list[Tensor], dtype: type[np.generic]) -> np.ndarray:
+    return torch.cat(parts).cpu().numpy().astype(dtype) if parts else np.empty(0, dtype=dtype)
+
+
+def _starts(lengths: list[int]) -> Longs:
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
