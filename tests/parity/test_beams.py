@@ -113,7 +113,7 @@ def _cut(ids: list[int], stop: tuple[int, ...]) -> list[int]:
     return ids[: ends[0] + 1] if ends else ids
 
 
-def plain_group_beams(
+def plain_group_beams(  # noqa: PLR0912, PLR0915  (written out, so that it can be compared with its description)
     next_scores: Callable[[list[int]], torch.Tensor], prompt: tuple[int, ...], drawn: dict[str, Any]
 ) -> tuple[list[list[int]], list[float]]:
     """Diverse beam search written out: one forward pass a beam and step, nothing shared, nothing clever."""
@@ -205,7 +205,7 @@ def group_searches(draw: st.DrawFn) -> dict[str, Any]:
 
 
 SETTINGS = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -216,17 +216,17 @@ def test_beam_search_is_that_of_transformers(subject: Subject, drawn: dict[str, 
     rows, scores = transformers_beams(subject, prompt, drawn)
     collector = subject.run([beam_request("a", prompt, drawn)])
     assert collector.tokens["a"] == rows
-    assert collector.scores["a"] == pytest.approx(scores, abs=1e-4)
+    assert collector.scores["a"] == pytest.approx(scores, rel=1e-5, abs=1e-4)
 
 
-@settings(SETTINGS, max_examples=12)
+@settings(SETTINGS, max_examples=15)
 @given(drawn=group_searches())
 def test_diverse_beam_search_is_the_plain_algorithm(subject: Subject, drawn: dict[str, Any]) -> None:
     prompt = subject.prompts[drawn["prompt"]]
     rows, scores = plain_group_beams(subject.next_scores, prompt, drawn)
     collector = subject.run([beam_request("a", prompt, drawn)])
     assert collector.tokens["a"] == rows
-    assert collector.scores["a"] == pytest.approx(scores, abs=1e-4)
+    assert collector.scores["a"] == pytest.approx(scores, rel=1e-5, abs=1e-4)
 
 
 @settings(SETTINGS, max_examples=4)

@@ -59,8 +59,7 @@ def keep_head(scores_GM: Tensor, settings: WarperColumns, mass_G1: Tensor | None
             total_G1 = torch.where(settings.top_k_G1 > 0, total_G1, mass_G1)
         # Up to and including the token that makes the mass reach p (Holtzman et al. 2020, section 3.1).
         cut_GM |= (sums_GM - weights_GM >= settings.top_p_G1 * total_G1) & (settings.top_p_G1 < 1.0)
-    places_M = torch.arange(scores_GM.shape[1], device=scores_GM.device)
-    return scores_GM.masked_fill(cut_GM & (places_M >= settings.keep_G1), -torch.inf)
+    return scores_GM.masked_fill(cut_GM & (_places(scores_GM) >= settings.keep_G1), -torch.inf)
 
 
 def keep_any(scores_GM: Tensor, settings: WarperColumns) -> Tensor:
@@ -92,9 +91,9 @@ def _keep_typical(scores_GM: Tensor, settings: WarperColumns) -> Tensor:
     mass_GM = logprobs_GM.gather(1, order_GM).exp().cumsum(dim=-1)
     last_G1 = (mass_GM < settings.typical_p_G1).sum(dim=-1, keepdim=True).clamp(max=scores_GM.shape[1] - 1)
     # Those as far from the entropy as the last one kept stay with it.
-    last_G1 = torch.maximum(last_G1, settings.keep_G1.clamp(max=scores_GM.shape[1]) - 1)
-    is_cut_GM = (distance_GM > sorted_GM.gather(1, last_G1)) & (settings.typical_p_G1 < 1.0)
-    return scores_GM.masked_fill(is_cut_GM, -torch.inf)
+    cut_GM = (sorted_GM > sorted_GM.gather(1, last_G1)) & (settings.typical_p_G1 < 1.0)
+    cut_GM &= _places(scores_GM) >= settings.keep_G1
+    return scores_GM.masked_fill(torch.empty_like(cut_GM).scatter_(1, order_GM, cut_GM), -torch.inf)
 
 
 def _cut_below(scores_GM: Tensor, threshold_G1: Tensor, settings: WarperColumns) -> Tensor:
@@ -110,3 +109,7 @@ def _information(scores_GM: Tensor) -> tuple[Tensor, Tensor]:
     logprobs_GM = torch.log_softmax(scores_GM, dim=-1, dtype=torch.float64)
     shares_GM = torch.where(logprobs_GM == -torch.inf, 0.0, logprobs_GM.exp() * -logprobs_GM)
     return logprobs_GM, shares_GM.cumsum(dim=-1)[:, -1:]
+
+
+def _places(scores_GM: Tensor) -> Tensor:
+    return torch.arange(scores_GM.shape[1], device=scores_GM.device)

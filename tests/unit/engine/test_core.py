@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gyrfalcon.engine.core import CoreLimits, EngineCore
-from gyrfalcon.engine.interface import EngineRequest, FinishReason, SamplingParams
+from gyrfalcon.engine.interface import BeamParams, EarlyStopping, EngineRequest, FinishReason, SamplingParams
 from gyrfalcon.errors import OutOfCache
 from gyrfalcon.runner.interface import StepPlan
 from gyrfalcon.testing.collector import Collector
@@ -229,6 +229,68 @@ def test_every_request_gets_its_own_tokens_however_short_the_cache(
     assert all(len(plan.token_ids_T) <= token_budget for plan in executor.plans)
     assert all(len(plan.query_lens_R) <= 4 for plan in executor.plans)
     assert core.stats().cache_usage == 0.0
+
+
+@st.composite
+def beam_requests(draw: st.DrawFn) -> EngineRequest:
+    groups, width = draw(st.sampled_from([(1, 2), (1, 3), (2, 1), (2, 2)]))
+    return request(
+        str(draw(st.uuids())),
+        draw(prompts),
+        draw(st.integers(1, 12)),
+        num_choices=draw(st.integers(1, groups * width)),
+        stop_token_ids=tuple(draw(st.lists(st.integers(0, 99), max_size=3, unique=True))),
+        beams=BeamParams(
+            num_beams=groups * width,
+            num_beam_groups=groups,
+            early_stopping=draw(st.sampled_from(EarlyStopping)),
+            length_penalty=draw(st.sampled_from([-1.0, 0.0, 1.0])),
+        ),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    wanted=st.lists(st.one_of(beam_requests(), requests()), min_size=2, max_size=6),
+    num_spare_blocks=st.integers(0, 6),
+    token_budget=st.integers(4, 9),
+)
+def test_searches_in_a_short_cache_find_what_they_find_alone(
+    wanted: list[EngineRequest], num_spare_blocks: int, token_budget: int
+) -> None:
+    def rows_of(one: EngineRequest) -> int:
+        return one.beams.num_beams if one.beams else one.num_choices
+
+    most_needed = max(rows_of(one) * -(-(len(one.prompt_ids) + one.max_new_tokens) // 2) for one in wanted)
+    executor = FakeExecutor(num_blocks=1 + most_needed + num_spare_blocks, block_size=2)
+    together = Collector(make_core(executor, token_budget=token_budget, max_rows=4))
+    for one in wanted:
+        together.submit(one)
+    together.run()
+    assert not together.failures
+    assert together.core.stats().cache_usage == 0.0
+    for one in wanted:
+        alone = Collector(make_core(FakeExecutor(num_blocks=400, block_size=2)))
+        alone.submit(one)
+        alone.run()
+        assert together.tokens[one.request_id] == alone.tokens[one.request_id]
+        assert together.scores.get(one.request_id) == alone.scores.get(one.request_id)
+
+
+def test_preempted_searches_resume_with_the_same_result() -> None:
+    searches = [request(str(i), (i, 2, 3), 20, beams=BeamParams(num_beams=4)) for i in range(4)]
+    core = make_core(FakeExecutor(num_blocks=47, block_size=2), token_budget=20, max_rows=20)
+    together = Collector(core)
+    together.submit(request("older", (7,), 80))
+    for one in searches:
+        together.submit(one)
+    together.run()
+    assert core.stats().num_preemptions > 0
+    for one in searches:
+        alone = Collector(make_core(FakeExecutor(num_blocks=400, block_size=2)))
+        alone.submit(one)
+        alone.run()
+        assert together.tokens[one.request_id] == alone.tokens[one.request_id]
 
 
 class CoreMachine(RuleBasedStateMachine):

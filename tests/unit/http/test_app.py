@@ -61,6 +61,7 @@ class TestDocumentation:
             ("/chat_tokenize", "ChatTokenizeRequest"),
             ("/invocations", "CompatGenerateRequest"),
             ("/vertex", "VertexRequest"),
+            ("/watermark/detect", "DetectRequest"),
         ):
             content = document["paths"][path_]["post"]["requestBody"]["content"]
             assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{body}"}
@@ -76,7 +77,7 @@ class TestDocumentation:
         assert set(client.get("/openapi.json").json()["paths"]) == {
             *("/", "/generate", "/generate_stream", "/health", "/ping", "/info"),
             *("/tokenize", "/chat_tokenize", "/invocations", "/vertex"),
-            *("/chat", "/healthz", "/metrics"),
+            *("/chat", "/healthz", "/metrics", "/watermark/detect"),
         }
 
     def test_operations_that_need_a_key_say_so(self, make_client: MakeClient) -> None:
