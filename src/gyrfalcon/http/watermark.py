@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -120,7 +121,9 @@ class WatermarkRoute:
     async def detect(self, request: Request) -> Response:
         try:
             body = parse_body(await read_json(request, self._body_limits), DetectRequest)
-            return json_response(_render(await unless_gone(request, self._service.detect(_to_call(body)))))
+            found = await unless_gone(request, self._service.detect(_to_call(body)))
+            # In a thread: flags of every token under every key may take a while to write.
+            return await asyncio.to_thread(lambda: json_response(_render(found)))
         except Exception as error:
             count_failure(self._metrics, error)
             status, answer, headers = _render_error(error)

@@ -82,6 +82,14 @@ def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MarkingService:
     return marking
 
 
+@pytest.fixture
+def words(tmp_path: Path) -> str:
+    """A file of ordinary words in no order: much sooner read than the manual."""
+    file = tmp_path / "words.txt"
+    file.write_text(" ".join(random.Random(1).choices("the falcon flies over hills and people look up".split(), k=600)))
+    return str(file)
+
+
 def calibrate(*arguments: str) -> dict[str, Any]:
     done = CliRunner().invoke(app, ["watermark-calibrate", "--json", *arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -109,8 +117,21 @@ def test_marked_texts_are_found_once_they_are_long_enough_and_others_are_not(ser
     assert marked["mean_green_fraction"] == 1.0
 
 
-def test_the_model_is_asked_for_texts_of_exactly_the_longest_length(service: MarkingService) -> None:
-    calibrate("--texts", "3", "--lengths", "5,20", "--random-keys", "0", "--temperature", "0.7", "--seed", "4")
+def test_the_model_is_asked_for_texts_of_exactly_the_longest_length(service: MarkingService, words: str) -> None:
+    calibrate(
+        "--texts",
+        "3",
+        "--lengths",
+        "5,20",
+        "--random-keys",
+        "0",
+        "--temperature",
+        "0.7",
+        "--seed",
+        "4",
+        "--ordinary",
+        words,
+    )
     assert len(service.calls) == 6
     assert {(call.max_new_tokens, call.min_new_tokens) for call in service.calls} == {(20, 20)}
     assert {(call.do_sample, call.temperature) for call in service.calls} == {(True, 0.7)}
@@ -120,8 +141,8 @@ def test_the_model_is_asked_for_texts_of_exactly_the_longest_length(service: Mar
     assert service.settings.engine == "local"
 
 
-def test_temperature_zero_is_greedy(service: MarkingService) -> None:
-    calibrate("--texts", "2", "--lengths", "5", "--random-keys", "0", "--temperature", "0")
+def test_temperature_zero_is_greedy(service: MarkingService, words: str) -> None:
+    calibrate("--texts", "2", "--lengths", "5", "--random-keys", "0", "--temperature", "0", "--ordinary", words)
     assert {(call.do_sample, call.temperature) for call in service.calls} == {(False, None)}
 
 
@@ -135,8 +156,8 @@ def test_prompts_and_ordinary_text_may_be_given(service: MarkingService, tmp_pat
     assert all(text in "the falcon flies over the hills " * 20 for text in ordinary)
 
 
-def test_random_keys_are_new_for_every_text_and_the_same_for_the_same_seed(service: MarkingService) -> None:
-    arguments = ("--texts", "2", "--lengths", "5", "--random-keys", "20", "--seed", "9")
+def test_random_keys_are_new_for_every_text_and_the_same_for_the_same_seed(service: MarkingService, words: str) -> None:
+    arguments = ("--texts", "2", "--lengths", "5", "--random-keys", "20", "--seed", "9", "--ordinary", words)
     assert calibrate(*arguments) == calibrate(*arguments)
     half = len(service.detections) // 2
     drawn = [key for call in service.detections[:half] for key in call.keys or ()]
@@ -144,8 +165,10 @@ def test_random_keys_are_new_for_every_text_and_the_same_for_the_same_seed(servi
     assert drawn == [key for call in service.detections[half:] for key in call.keys or ()]
 
 
-def test_the_table_shows_rates_with_intervals(service: MarkingService) -> None:
-    done = CliRunner().invoke(app, "watermark-calibrate --texts 4 --lengths 30 --random-keys 0".split())
+def test_the_table_shows_rates_with_intervals(service: MarkingService, words: str) -> None:
+    done = CliRunner().invoke(
+        app, f"watermark-calibrate --texts 4 --lengths 30 --random-keys 0 --ordinary {words}".split()
+    )
     assert "eyas, temperature 1, gamma 0.5, delta 2; rates in % with 95 % intervals" in done.stdout
     line = next(line for line in done.stdout.splitlines() if "marked" in line)
     assert "100 (51 to 100)" in line

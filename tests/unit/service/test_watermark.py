@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 
 from gyrfalcon.engine.interface import WatermarkParams
 from gyrfalcon.errors import InvalidRequest, UnknownModel
-from gyrfalcon.service.interface import DetectCall, Detection, TokenPrompt
+from gyrfalcon.metrics import Metrics
+from gyrfalcon.service.generation import GenerationService
+from gyrfalcon.service.interface import DetectCall, Detection, GenerateCall, TokenPrompt
+from gyrfalcon.service.models import ModelTable, load_served_model
 from gyrfalcon.service.tokenizer import TextTokenizer, load_tokenizer
+from gyrfalcon.service.validation import check, resolve_limits
 from gyrfalcon.service.watermark import MAX_CHARS, MAX_IDS, MAX_KEYS, corrected, detect, p_value, z_score
 from gyrfalcon.splitmix import are_green
 from gyrfalcon.testing.engine import FakeEngine
-from gyrfalcon.testing.text import text_service
+from gyrfalcon.testing.text import text_service, write_tokenizer
 
 NUM_IDS = 4000
 KEY = 424242
@@ -28,8 +32,6 @@ KEY = 424242
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    from gyrfalcon.testing.text import write_tokenizer
-
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
@@ -244,11 +246,28 @@ def test_bad_texts_are_named(find: Any, text: Any, parameter: str, message: str)
     assert refused.value.parameter == parameter
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (WatermarkParams(delta=0.0), "with this server's delta of 0.0 green tokens gain nothing"),
+        (WatermarkParams(delta=1e-60), "delta of 1e-60"),
+        (WatermarkParams(gamma=1e-60), "with this server's gamma of 1e-60 all tokens have one colour"),
+        (WatermarkParams(gamma=1 - 1e-12), "all tokens have one colour"),
+    ],
+)
+def test_a_watermark_that_would_mark_nothing_is_refused_instead_of_dropped(
+    settings: WatermarkParams, message: str
+) -> None:
+    limits = resolve_limits(FakeEngine().facts)
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        check(GenerateCall(prompt="x", watermark=True), limits, settings)
+    assert refused.value.parameter == "watermark"
+    assert check(GenerateCall(prompt="x"), limits, settings).sampling.watermark is None
+
+
 class TestService:
     @pytest.fixture
     def service(self, tmp_path: Path) -> Any:
-        from gyrfalcon.testing.text import write_tokenizer
-
         return text_service(FakeEngine(), write_tokenizer(tmp_path))[0]
 
     async def test_it_scores_by_the_served_model_s_ids_and_settings(self, service: Any) -> None:
@@ -274,12 +293,6 @@ class TestService:
             await service.detect(call)
 
     async def test_an_unknown_model_is_refused(self, tmp_path: Path) -> None:
-        from gyrfalcon.metrics import Metrics
-        from gyrfalcon.service.generation import GenerationService
-        from gyrfalcon.service.models import ModelTable, load_served_model
-        from gyrfalcon.service.validation import resolve_limits
-        from gyrfalcon.testing.text import write_tokenizer
-
         engine = FakeEngine()
         served = load_served_model("tiny", write_tokenizer(tmp_path), engine, resolve_limits(engine.facts))
         service = GenerationService(ModelTable([served], strict_names=True), Metrics(), max_concurrent_requests=1)
