@@ -94,9 +94,8 @@ async def main() -> None:
     for name, value in medians.items():
         print(f"{name:15s} {value:7.2f} tokens/s")
     print(f"ratio of one request: {medians['gyrfalcon 1'] / medians['transformers 1']:.2f}")
-    print(
-        f"ratio of {NUM_CONCURRENT} at once to one after another: {medians['gyrfalcon 8'] / medians['transformers 1']:.2f}"
-    )
+    together = medians["gyrfalcon 8"] / medians["transformers 1"]
+    print(f"ratio of {NUM_CONCURRENT} at once to one after another: {together:.2f}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from gyrfalcon.engine.core import CoreLimits, EngineCore
-from gyrfalcon.engine.interface import EngineRequest, SamplingParams, WatermarkParams
+from gyrfalcon.engine.interface import BeamParams, EngineRequest, SamplingParams, WatermarkParams
 from gyrfalcon.kernels.select import select_ops
 from gyrfalcon.models.registry import load_model
 from gyrfalcon.runner.model_runner import ModelRunner
@@ -106,7 +106,8 @@ def test_the_detector_s_statistics_are_transformers(
             assert score.p_value == pytest.approx(wanted.p_value[0], abs=0.05)
 
 
-def test_marked_greedy_tokens_are_those_of_transformers(subject: tuple[Path, Any, Any]) -> None:
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_marked_tokens_are_those_of_transformers(subject: tuple[Path, Any, Any], num_beams: int) -> None:
     folder, model, oracle = subject
     processor = WatermarkLogitsProcessor(oracle.config.vocab_size, "cpu", greenlist_ratio=MARK.gamma, bias=MARK.delta)
     processor._get_greenlist_ids = green_list(MARK, oracle.config.vocab_size)
@@ -118,6 +119,7 @@ def test_marked_greedy_tokens_are_those_of_transformers(subject: tuple[Path, Any
                 prompt_ids=prompt,
                 max_new_tokens=NUM_NEW,
                 sampling=SamplingParams(watermark=MARK),
+                beams=BeamParams(num_beams=num_beams) if num_beams > 1 else None,
             )
             for index, prompt in enumerate(PROMPTS)
         ],
@@ -130,6 +132,7 @@ def test_marked_greedy_tokens_are_those_of_transformers(subject: tuple[Path, Any
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=NUM_NEW,
                 do_sample=False,
+                num_beams=num_beams,
                 pad_token_id=0,
                 logits_processor=LogitsProcessorList([processor]),
             )
@@ -140,36 +143,37 @@ def test_marked_greedy_tokens_are_those_of_transformers(subject: tuple[Path, Any
 
 
 @pytest.mark.parametrize(
-    "sampling",
+    ("sampling", "beams"),
     [
-        SamplingParams(),
-        SamplingParams(do_sample=True, seed=3),
-        SamplingParams(do_sample=True, seed=4, temperature=0.7, top_k=50, top_p=0.95),
-        SamplingParams(do_sample=True, seed=5, typical_p=0.9, repetition_penalty=1.2),
-        SamplingParams(repetition_penalty=1.5, frequency_penalty=1.0),
+        (SamplingParams(), None),
+        (SamplingParams(do_sample=True, seed=3), None),
+        (SamplingParams(do_sample=True, seed=4, temperature=0.7, top_k=50, top_p=0.95), None),
+        (SamplingParams(do_sample=True, seed=5, typical_p=0.9, min_p=0.001, repetition_penalty=1.2), None),
+        (SamplingParams(repetition_penalty=1.5, frequency_penalty=1.0, no_repeat_ngram_size=3), None),
+        (SamplingParams(renormalize_logits=True), BeamParams(num_beams=4)),
+        (SamplingParams(do_sample=True, seed=6, temperature=1.3), BeamParams(num_beams=3)),
+        (SamplingParams(), BeamParams(num_beams=4, num_beam_groups=2, diversity_penalty=0.7)),
     ],
-    ids=["greedy", "sampling", "top-k and top-p", "typical", "penalties"],
+    ids=["greedy", "sampling", "top-k", "typical", "penalties", "beams", "beam sampling", "diverse beams"],
 )
 def test_the_mark_is_found_in_every_choice_of_every_mode_and_nowhere_else(
-    subject: tuple[Path, Any, Any], sampling: SamplingParams
+    subject: tuple[Path, Any, Any], sampling: SamplingParams, beams: BeamParams | None
 ) -> None:
     folder, model, _ = subject
-    num_choices = 3 if sampling.do_sample else 1
     requests = [
         EngineRequest(
             request_id=name,
             prompt_ids=PROMPTS[0],
             max_new_tokens=NUM_NEW,
-            num_choices=num_choices,
+            num_choices=3 if sampling.do_sample or beams else 1,
             sampling=msgspec.structs.replace(sampling, watermark=mark),
+            beams=beams,
         )
         for name, mark in (("marked", MARK), ("unmarked", None))
     ]
     collector = run(model, requests)
     for tokens in collector.tokens["marked"]:
-        found = find(folder, tokens, PROMPTS[0], alpha=1e-2, ignore_repeated=False)
-        assert found.is_found
-        other = find(folder, tokens, PROMPTS[0], alpha=1e-3, keys=(MARK.key + 1, MARK.key - 1))
-        assert not other.is_found
+        assert find(folder, tokens, PROMPTS[0], alpha=1e-2, ignore_repeated=False).is_found
+        assert not find(folder, tokens, PROMPTS[0], alpha=1e-3, keys=(MARK.key + 1, MARK.key - 1)).is_found
     for tokens in collector.tokens["unmarked"]:
         assert not find(folder, tokens, PROMPTS[0], alpha=1e-3).is_found
