@@ -34,7 +34,7 @@ GOAL = 0.05
 
 EVERYTHING = SamplingParams(
     watermark=WatermarkParams(),
-    sequence_bias=tuple(((i, i + 1), 0.5) for i in range(20)) + (((7,), -1.0),),
+    sequence_bias=(*(((i, i + 1), 0.5) for i in range(20)), ((7,), -1.0)),
     encoder_repetition_penalty=1.1,
     repetition_penalty=1.2,
     frequency_penalty=0.5,

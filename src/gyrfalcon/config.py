@@ -96,12 +96,21 @@ class Settings:
         "A tokenizer_config.json whose chat template replaces the model's.",
         variables=("TOKENIZER_CONFIG_PATH",),
     )
+    chat_template: str | Path | None = _setting(
+        None,
+        options.optional(options.chat_template()),
+        MODEL,
+        "A chat template, or a file that holds one, in place of the model's.",
+    )
     huggingface_hub_cache: Path | None = _setting(
         None,
         options.optional(options.path()),
         MODEL,
         "Folder that keeps downloads; the Hub library's own if absent.",
         variables=("HUGGINGFACE_HUB_CACHE",),
+    )
+    offline: bool = _setting(
+        False, options.switch(), MODEL, "Download nothing: take a Hub checkpoint from the cache or not at all."
     )
 
     host: str = _setting(
@@ -161,6 +170,12 @@ class Settings:
         SERVER,
         "Path at which Vertex AI asks for health, besides /health.",
         variables=("AIP_HEALTH_ROUTE",),
+    )
+    kaito_pipeline: Literal["text-generation", "conversational"] = _setting(
+        "text-generation",
+        options.one_of("text-generation", "conversational"),
+        SERVER,
+        "What /chat continues: a prompt, or messages.",
     )
     engine: Literal["process", "local"] = _setting(
         "process",
@@ -441,6 +456,8 @@ def _check_relations(settings: Settings) -> None:
         raise SettingsError("--max-input-tokens", f"{prompt} must be below --max-total-tokens ({total})")
     if total is not None and cache is not None and total > cache:
         raise SettingsError("--max-total-tokens", f"{total} exceeds --max-batch-total-tokens ({cache})")
+    if settings.chat_template is not None and settings.tokenizer_config_path is not None:
+        raise SettingsError("--chat-template", "replaces the chat template, as does --tokenizer-config-path; give one")
     sizes = {
         "--max-batch-total-tokens": settings.max_batch_total_tokens,
         "--kv-cache-memory": settings.kv_cache_memory,

@@ -17,7 +17,8 @@ from gyrfalcon.errors import ModelLoadError, SettingsError
 from gyrfalcon.presets import BUNDLED, NAMES, PUBLISHED, bundled_folder
 
 # Top-level files only: subfolders hold other formats of the same weights. No pickled weights (*.bin, *.pt), no code.
-WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+WEIGHT_FILES = "*.safetensors"
+WANTED_FILES = (WEIGHT_FILES, "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 UNWANTED_FILES = ("*/*", "consolidated*.safetensors")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -37,11 +38,19 @@ class Checkpoint:
     revision: str | None = None
 
 
-def locate_checkpoint(model: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+def locate_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    offline: bool = False,
+    with_weights: bool = True,
+) -> Checkpoint:
     """The checkpoint that `model` names, downloaded first if it is a Hub id and not in the cache yet.
 
     model: a folder, a preset's name or a Hub id (owner/name), tried in this order. revision: branch, tag or commit;
-    for a Hub id only. cache_dir: the Hub library's own if absent.
+    for a Hub id only. cache_dir: the Hub library's own if absent. offline: download nothing, the cache must hold it.
+    with_weights: false where tokenizer and configuration will do, and nothing large shall be downloaded.
 
     Raises ModelLoadError with the remedy; SettingsError where a revision is given and nothing is downloaded.
     """
@@ -50,7 +59,7 @@ def locate_checkpoint(model: str, *, revision: str | None = None, cache_dir: Pat
         if revision is not None:
             raise SettingsError("--revision", f"`{revision}` is for Hub checkpoints, and `{model}` is a local one")
         return Checkpoint(folder, folder.resolve().name)
-    folder = _download(_hub_id(model), revision, cache_dir)
+    folder = _download(_hub_id(model), revision, cache_dir, offline=offline, with_weights=with_weights)
     return Checkpoint(folder, model, folder.name)
 
 
@@ -85,7 +94,7 @@ def _hub_id(model: str) -> str:
     return model
 
 
-def _download(source: str, revision: str | None, cache_dir: Path | None) -> Path:
+def _download(source: str, revision: str | None, cache_dir: Path | None, *, offline: bool, with_weights: bool) -> Path:
     import huggingface_hub  # late: it takes a while to import, and local checkpoints do not need it
 
     try:
@@ -94,14 +103,15 @@ def _download(source: str, revision: str | None, cache_dir: Path | None) -> Path
                 source,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=list(WANTED_FILES),
+                local_files_only=offline,
+                allow_patterns=[name for name in WANTED_FILES if with_weights or name != WEIGHT_FILES],
                 ignore_patterns=list(UNWANTED_FILES),
                 token=huggingface_hub.get_token() or os.environ.get("HF_API_TOKEN") or None,
             )
         )
     except Exception as error:  # whatever the Hub library raises, the operator reads one sentence
-        raise ModelLoadError(f"`{source}` cannot be had from the Hub: {_explain(error, revision)}") from error
-    if not any(folder.glob("*.safetensors")):
+        raise ModelLoadError(f"`{source}` cannot be had from the Hub: {_explain(error, revision, offline)}") from error
+    if with_weights and not any(folder.glob(WEIGHT_FILES)):
         raise ModelLoadError(
             f"`{source}` holds no safetensors weights at revision {folder.name}; pickled weights are not loaded: "
             "choose a --revision that has safetensors, or convert the checkpoint"
@@ -109,7 +119,7 @@ def _download(source: str, revision: str | None, cache_dir: Path | None) -> Path
     return folder
 
 
-def _explain(error: Exception, revision: str | None) -> str:
+def _explain(error: Exception, revision: str | None, offline: bool) -> str:
     """What went wrong and what to do, without the library's own long text where the case is known."""
     from huggingface_hub import errors
 
@@ -120,6 +130,11 @@ def _explain(error: Exception, revision: str | None) -> str:
             return "no such repository, or it is private; check the name, and set HF_TOKEN if it is private"
         case errors.RevisionNotFoundError():
             return f"it has no revision `{revision or 'main'}`; check --revision"
+        case errors.LocalEntryNotFoundError() if offline:
+            return (
+                "nothing may be downloaded (--offline, or `gyrfalcon kaito` without --allow_remote_files) "
+                "and the cache does not hold it"
+            )
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
             how = "offline mode is on (HF_HUB_OFFLINE)" if huggingface_is_offline() else "the Hub cannot be reached"
             return f"{how} and the cache does not hold all of it; connect once to download it, or give a local folder"

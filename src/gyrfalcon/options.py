@@ -96,6 +96,19 @@ def path() -> Kind:
     return Kind(lambda raw: Path(_read_text(str(raw) if isinstance(raw, Path) else raw)).expanduser(), "a path", "PATH")
 
 
+def chat_template() -> Kind:
+    """A chat template's own text, told by its braces or line breaks, or the path of a file that holds one."""
+
+    def read(raw: object) -> str | Path:
+        if isinstance(raw, Path):
+            return raw
+        if isinstance(raw, str) and any(mark in raw for mark in "{}\n"):
+            return raw
+        return Path(_read_text(raw)).expanduser()
+
+    return Kind(read, "a chat template or the path of one", "TEMPLATE|PATH")
+
+
 def host() -> Kind:
     """An address to listen on: an IP address or a host name, without scheme or port."""
     return Kind(_read_host, "an IP address or a host name without scheme and port", "HOST")

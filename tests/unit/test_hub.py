@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import huggingface_hub
@@ -95,6 +96,22 @@ def test_only_pickled_weights_are_refused(tmp_path: Path) -> None:
     write_cache(tmp_path, "owner/name", weights="pytorch_model.bin")
     with pytest.raises(ModelLoadError, match="holds no safetensors weights at revision 0123"):
         locate_checkpoint("owner/name", cache_dir=tmp_path)
+
+
+def test_without_weights_none_are_downloaded_or_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = write_cache(tmp_path, "owner/name")
+    (snapshot / "model.safetensors").unlink()
+    wanted: list[str] = []
+    download = huggingface_hub.snapshot_download
+
+    def record(source: str, *, allow_patterns: list[str], **options: Any) -> str:
+        wanted.extend(allow_patterns)
+        return download(source, allow_patterns=allow_patterns, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
+    assert locate_checkpoint("owner/name", cache_dir=tmp_path, with_weights=False).folder == snapshot
+    assert "*.json" in wanted
+    assert "*.safetensors" not in wanted
 
 
 def test_a_revision_of_something_local_is_refused(tmp_path: Path) -> None:

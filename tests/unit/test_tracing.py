@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import http.server
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -18,6 +12,7 @@ from opentelemetry.trace import StatusCode
 
 from gyrfalcon.errors import SettingsError
 from gyrfalcon.telemetry import RequestRecord
+from gyrfalcon.testing.otlp import collecting
 from gyrfalcon.tracing import Tracer, start_tracer, trace_headers, trace_id_of
 
 TRACE_ID, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -132,34 +127,6 @@ class TestSpans:
         assert {name: round(seconds(span), 6) for name, span in spans.items()} == phases
         assert root.status.status_code is StatusCode.ERROR
         assert (root.attributes or {})["error.type"] == "dropped"
-
-
-class Collector(http.server.BaseHTTPRequestHandler):
-    """Takes OTLP over HTTP and keeps the spans."""
-
-    received: list[tuple[str, Any]]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        request = ExportTraceServiceRequest.FromString(body)
-        type(self).received.append((self.path, request))
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def collecting() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    handler = type("Handler", (Collector,), {"received": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", handler.received
-        server.shutdown()
-        thread.join()
 
 
 class TestExport:

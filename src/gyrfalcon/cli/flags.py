@@ -59,6 +59,12 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def version_parameter() -> inspect.Parameter:
+    """The --version flag of a command that has one of its own."""
+    info = typer.Option("--version", "-V", help="Print the version.", callback=print_version, is_eager=True)
+    return inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, info])
+
+
 def _merge(option: Option, argument: str | None, flags: dict[str, Any]) -> None:
     given = flags[option.name]
     if argument is not None and given is not None and argument != given:

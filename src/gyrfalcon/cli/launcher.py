@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from gyrfalcon.cli.flags import flag_parameter, print_version
-from gyrfalcon.cli.launcher_options import LAUNCHER_OPTIONS, Fate, Given, find_given
+from gyrfalcon.cli.flags import flag_parameter, version_parameter
+from gyrfalcon.cli.foreign_options import Given, judge
+from gyrfalcon.cli.launch_plan import LaunchPlan, fit_to_folder, start_logging
+from gyrfalcon.cli.launcher_options import LAUNCHER_OPTIONS, find_given
 from gyrfalcon.config import OPTIONS, Settings, resolve
 from gyrfalcon.errors import SettingsError
 from gyrfalcon.options import is_ip_address
-from gyrfalcon.presets import BUNDLED, NAMES
+from gyrfalcon.presets import BUNDLED
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +29,6 @@ DEFAULTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchPlan:
-    """What a container's arguments and environment come to.
-
-    lines: one for each option that was given and has no effect, and for what its user may not expect.
-    """
-
-    settings: Settings
-    lines: tuple[str, ...]
-
-
 def launcher(flags: Mapping[str, object]) -> None:
     """Serve with the flags and variables of text-generation-launcher.
 
@@ -52,12 +38,9 @@ def launcher(flags: Mapping[str, object]) -> None:
     """
     # The flags are explained without loading what serving takes.
     from gyrfalcon.cli.serve import run_server
-    from gyrfalcon.telemetry import setup_logging
 
     plan = plan_launch(flags, os.environ)
-    setup_logging(plan.settings.json_output, plan.settings.log_level)
-    for line in plan.lines:
-        logger.warning("%s", line)
+    start_logging(plan)
     if flags.get("env"):
         show_environment(plan.settings)
     run_server(plan.settings)
@@ -66,7 +49,7 @@ def launcher(flags: Mapping[str, object]) -> None:
 def launcher_command() -> Callable[..., None]:
     """`launcher` with one parameter for each of its flags; values arrive as they were typed."""
     parameters = [flag_parameter(row.option, has_opposite=False) for row in LAUNCHER_OPTIONS if row.option.flags] + [
-        _version_parameter()
+        version_parameter()
     ]
 
     def command(**typed: Any) -> None:
@@ -80,11 +63,6 @@ def launcher_command() -> Callable[..., None]:
     return command
 
 
-def _version_parameter() -> inspect.Parameter:
-    info = typer.Option("--version", "-V", help="Print the version.", callback=print_version, is_eager=True)
-    return inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, info])
-
-
 def plan_launch(flags: Mapping[str, object], environ: Mapping[str, str]) -> LaunchPlan:
     """Read what was given as text-generation-launcher would, and say what this server makes of it.
 
@@ -96,14 +74,14 @@ def plan_launch(flags: Mapping[str, object], environ: Mapping[str, str]) -> Laun
     """
     given = find_given(flags, environ)
     _check_pairs(given)
-    lines = [*_give_way(given), *_judge(given)]
+    lines = [*_give_way(given), *judge(given)]
     settings = resolve(
         {each.row.field: each.raw for each in given.values() if each.row.field and each.is_flag},
         _as_variables(given, environ, lines),
         defaults=DEFAULTS,
     )
     _check_batches(settings)
-    settings = _fit_to_folder(settings, lines)
+    settings = fit_to_folder(settings, lines)
     if settings.model == BUNDLED and "model_id" not in given:
         lines.append(f"--model-id: not given; the bundled demonstration model `{BUNDLED}` is served")
     return LaunchPlan(settings, tuple(lines))
@@ -155,16 +133,6 @@ def _is_level(raw: object) -> bool:
     return True
 
 
-def _judge(given: Mapping[str, Given]) -> Iterator[str]:
-    """A line for each option without effect. Raises SettingsError for one that is refused."""
-    for each in given.values():
-        if each.row.fate is Fate.HONOURED or each.is_quiet:
-            continue
-        if each.row.fate is Fate.REFUSED:
-            raise each.refusal()
-        yield each.no_effect()
-
-
 def _as_variables(given: Mapping[str, Given], environ: Mapping[str, str], lines: list[str]) -> dict[str, str]:
     """The environment in the settings' own spelling: without what was passed over, platforms' names made plain."""
     plain = dict(environ)
@@ -179,6 +147,8 @@ def _as_variables(given: Mapping[str, Given], environ: Mapping[str, str], lines:
             plain[variable] = str(each.raw)
         elif each is not None:
             plain.setdefault(own[0], str(each.raw))
+    # A permission that nothing uses: it was given its line, and is no reason to refuse to start, as `serve` does.
+    plain.pop("TRUST_REMOTE_CODE", None)
     # SageMaker connects to one port, and its image sets that port by a flag: a PORT from elsewhere does not count.
     if environ.get("HF_MODEL_ID") and not environ.get("AIP_HTTP_PORT"):
         port = given.get("port")
@@ -194,17 +164,6 @@ def _check_batches(settings: Settings) -> None:
         raise SettingsError(
             "--max-batch-prefill-tokens", f"{prefill} exceeds --max-batch-total-tokens ({total}); lower it to that"
         )
-
-
-def _fit_to_folder(settings: Settings, lines: list[str]) -> Settings:
-    """A model given as a folder has no revision, and clients know it by the path that was given."""
-    if settings.model in NAMES or not Path(settings.model).expanduser().is_dir():
-        return settings
-    if settings.revision is not None:
-        lines.append(
-            f"--revision: `{settings.revision}` has no effect and can be left out: the model is a local folder"
-        )
-    return dataclasses.replace(settings, revision=None, served_model_name=settings.served_model_name or settings.model)
 
 
 def show_environment(settings: Settings) -> None:

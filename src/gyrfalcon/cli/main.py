@@ -12,6 +12,7 @@ from gyrfalcon.cli.bench import BENCH_OPTIONS, bench
 from gyrfalcon.cli.doctor import doctor
 from gyrfalcon.cli.flags import command_with_settings, print_version
 from gyrfalcon.cli.generate import GENERATE_OPTIONS, generate
+from gyrfalcon.cli.kaito import KaitoCommand, kaito_command
 from gyrfalcon.cli.launcher import launcher_command
 from gyrfalcon.cli.models import models
 from gyrfalcon.cli.serve import serve
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command()(command_with_settings(serve, OPTIONS, positional=True))
 app.command()(launcher_command())
+app.command(cls=KaitoCommand)(kaito_command())
 app.command()(command_with_settings(generate, GENERATE_OPTIONS))
 app.command()(with_own_exit_codes(command_with_settings(detect, DETECT_OPTIONS)))
 app.command()(command_with_settings(watermark_calibrate, CALIBRATE_OPTIONS))

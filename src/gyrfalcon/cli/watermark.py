@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FOUND, NOT_FOUND, WRONG, UNDECIDED = 0, 1, 2, 3
 
-_WANTED = ("model", "revision", "huggingface_hub_cache", "watermark_gamma", "watermark_key")
+_WANTED = ("model", "revision", "huggingface_hub_cache", "offline", "watermark_gamma", "watermark_key")
 DETECT_OPTIONS = tuple(
     dataclasses.replace(option, flags=(*option.flags, "--gamma")) if option.name == "watermark_gamma" else option
     for option in OPTIONS

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 
 CALIBRATE_OPTIONS = GENERATE_OPTIONS
 
+# Kinds of texts, and the keys each is scored with.
+_KINDS = (
+    ("marked", "server"),
+    ("unmarked", "server"),
+    ("unmarked", "random"),
+    ("ordinary", "server"),
+    ("ordinary", "random"),
+)
+
 PROMPT_WORDS = 8
 PARAGRAPH_WORDS = 30  # of those that are long enough to begin a text with
 CONCURRENT_REQUESTS = 16
@@ -147,23 +156,17 @@ async def _calibrate(settings: Settings, trials: Trials, prompts: list[str], ord
             pieces = await _cut(service, ordinary, trials, rng)
             shuffled = rng.sample(prompts, len(prompts))
             beginnings = [shuffled[index % len(prompts)] for index in range(trials.num_texts)]
-            rows = []
-            for kind, by_length in (
-                ("marked", await _generate(service, settings, trials, beginnings, watermark=True)),
-                ("unmarked", await _generate(service, settings, trials, beginnings, watermark=False)),
-                ("ordinary", pieces),
-            ):
-                for is_random in (False, True):
-                    if is_random and (kind == "marked" or not trials.num_keys):
-                        continue
-                    for length, texts in by_length.items():
-                        scores = [
-                            score
-                            for text in texts
-                            for score in await _score(service, text, _draw_keys(rng, trials) if is_random else None)
-                        ]
-                        rows.append(_row(kind, "random" if is_random else "server", length, scores, trials))
-            return rows
+            texts = {
+                "marked": await _generate(service, settings, trials, beginnings, watermark=True),
+                "unmarked": await _generate(service, settings, trials, beginnings, watermark=False),
+                "ordinary": pieces,
+            }
+            return [
+                _row(kind, key, length, await _score_all(service, same_length, trials, rng, key), trials)
+                for kind, key in _KINDS
+                if key == "server" or trials.num_keys
+                for length, same_length in texts[kind].items()
+            ]
 
 
 async def _generate(
@@ -210,6 +213,17 @@ async def _cut(service: TextService, text: str, trials: Trials, rng: random.Rand
     }
 
 
+async def _score_all(
+    service: TextService, texts: Sequence[str], trials: Trials, rng: random.Random, key: str
+) -> list[_Score]:
+    """The texts' scores under the server's key, or each one's under random keys of its own."""
+    scores = []
+    for text in texts:
+        keys = [rng.getrandbits(64) for _ in range(trials.num_keys)] if key == "random" else None
+        scores += await _score(service, text, keys)
+    return scores
+
+
 async def _score(service: TextService, text: str, keys: list[int] | None) -> list[_Score]:
     """The text's score under the server's key, or under each of some others."""
     from gyrfalcon.service.interface import DetectCall
@@ -222,10 +236,6 @@ async def _score(service: TextService, text: str, keys: list[int] | None) -> lis
         found = await service.detect(DetectCall(text=text, keys=None if batch is None else tuple(batch)))
         scores += [_Score(found.num_scored, score.num_green, score.p_value) for score in found.keys]
     return scores
-
-
-def _draw_keys(rng: random.Random, trials: Trials) -> list[int]:
-    return [rng.getrandbits(64) for _ in range(trials.num_keys)]
 
 
 def _row(text: str, key: str, num_tokens: int, scores: Sequence[_Score], trials: Trials) -> Row:

@@ -21,6 +21,7 @@ from gyrfalcon import __version__
 from gyrfalcon.http import kaito, platforms, tgi, watermark
 from gyrfalcon.http.auth import ApiKeyMiddleware, routed_path
 from gyrfalcon.http.header_limits import HeaderLimitMiddleware
+from gyrfalcon.http.machine import read_machine, wants_machine
 from gyrfalcon.http.openapi import openapi_document
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import json_response
@@ -109,7 +110,9 @@ def create_app(
 
 
 def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
-    async def render_metrics() -> Response:
+    async def render_metrics(request: Request) -> Response:
+        if wants_machine(request.headers.get("accept")):
+            return json_response(await asyncio.to_thread(read_machine))
         # Thousands of lines: in a thread, so that streams go on meanwhile.
         return Response(await asyncio.to_thread(metrics.render), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
@@ -120,7 +123,12 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
         summary="Metrics in Prometheus' text format",
         tags=["Operation"],
         response_model=None,
-        responses={200: {"description": "The metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={
+            200: {
+                "description": "The metrics; as JSON, a report of the machine as KAITO's service gives it",
+                "content": {"text/plain": {"schema": {"type": "string"}}},
+            }
+        },
     )
 
 

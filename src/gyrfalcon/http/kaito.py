@@ -6,163 +6,62 @@ does not matter. Booleans are no numbers.
 
 from __future__ import annotations
 
-import logging
-from typing import Annotated, Any
+import difflib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
 from gyrfalcon import errors
+from gyrfalcon.http.kaito_render import STOPPED_EVENT, failure, render_answer, render_deltas, render_error
+from gyrfalcon.http.kaito_schema import (
+    EXAMPLE,
+    ChatEvent,
+    ChatRequest,
+    ChatResponse,
+    DetailResponse,
+    GenerateKwargs,
+    Healthy,
+)
 from gyrfalcon.http.openapi import json_body
+from gyrfalcon.http.search_parameters import search_arguments
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import (
     BodyLimits,
-    ClientGone,
-    MalformedBody,
-    ServerStopping,
+    EventStream,
     count_failure,
     json_response,
     parse_body,
     quote,
     read_json,
+    sse,
     unless_gone,
 )
 from gyrfalcon.metrics import Metrics
-from gyrfalcon.service.interface import ChatMessage, ChatPrompt, Completion, GenerateCall, TextService
+from gyrfalcon.service.interface import (
+    ChatMessage,
+    ChatPrompt,
+    Choice,
+    ChoiceEnd,
+    GenerateCall,
+    GeneratedToken,
+    TextService,
+)
 from gyrfalcon.tracing import trace_headers
-
-logger = logging.getLogger(__name__)
 
 NO_PROMPT = "Text generation parameter prompt required"
 NO_MESSAGES = "Conversational parameter messages required"
 
-EXAMPLE = {
-    "prompt": "The falcon is",
-    "return_full_text": False,
-    "generate_kwargs": {"max_length": 60, "do_sample": True, "top_k": 10},
-}
-
-# What the dialect has and this version cannot do yet, with the values that ask for nothing.
-NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0,),
-    "length_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (None,),
-    "early_stopping": (False,),
-    "output_scores": (False,),
-    "return_dict_in_generate": (False,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "remove_invalid_values": (None, False),
-}
-
-# Tokenised text has spaces where written text has none; in this order.
-CLEANED_SPACES = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
-
-
-def _no_boolean(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("a number is expected, not a boolean")
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_no_boolean)]
-Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
-
-
-class GenerateKwargs(BaseModel):
-    """How to generate. `max_length` and `min_length` count the prompt."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    max_length: Integer = Field(200, description="Most tokens of prompt and new text together")
-    min_length: Integer = Field(0, description="Fewest tokens of prompt and new text together")
-    max_new_tokens: Integer | None = Field(None, description="Most new tokens; wins over `max_length`")
-    min_new_tokens: Integer | None = Field(None, description="Fewest new tokens")
-    do_sample: bool = Field(True, description="Sample; false takes the likeliest token each time")
-    temperature: Number = Field(1.0, description="Above 0; divides the logits")
-    top_k: Integer = Field(10, description="Sample among this many likeliest tokens; 0 is off")
-    top_p: Number = Field(1.0, description="Sample among the likeliest tokens that hold this share; 1 is off")
-    typical_p: Number = Field(1.0, description="Sample among the most typical tokens that hold this share; 1 is off")
-    repetition_penalty: Number = Field(1.0, description="Above 0; 1 is off")
-    num_return_sequences: Integer = Field(1, description="Number of sequences; `Result` joins their texts")
-    eos_token_id: Integer | None = Field(None, description="Id that ends a text, in place of the model's own")
-    pad_token_id: Integer | None = Field(None, description="Without effect: no text is ever padded")
-    num_beams: Integer = Field(1, description="Only 1 in this version")
-    num_beam_groups: Integer = Field(1, description="Only 1 in this version")
-    diversity_penalty: Number = Field(0.0, description="Only 0 in this version")
-    length_penalty: Number = Field(1.0, description="Only 1 in this version")
-    early_stopping: bool = Field(False, description="Only false in this version")
-    no_repeat_ngram_size: Integer = Field(0, description="Only 0 in this version")
-    encoder_no_repeat_ngram_size: Integer = Field(0, description="Only 0 in this version")
-    bad_words_ids: list[Any] | None = Field(None, description="Only null in this version")
-    output_scores: bool = Field(False, description="Only false in this version")
-    return_dict_in_generate: bool = Field(False, description="Only false in this version")
-    forced_bos_token_id: Integer | None = Field(None, description="Only null in this version")
-    forced_eos_token_id: Integer | None = Field(None, description="Only null in this version")
-    remove_invalid_values: bool | None = Field(None, description="Only null or false in this version")
-
-
-class Message(BaseModel):
-    """One turn of a conversation."""
-
-    model_config = ConfigDict(frozen=True)
-
-    role: str
-    content: str
-
-
-class ChatRequest(BaseModel):
-    """A prompt, or a conversation where `prompt` is absent, and how to continue it."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    prompt: str | None = Field(None, examples=["YOUR_PROMPT_HERE"])
-    return_full_text: bool | None = Field(True, description="Put the prompt in front of the new text")
-    clean_up_tokenization_spaces: bool | None = Field(False, description="Remove spaces before punctuation")
-    prefix: str | None = Field(None, description="Put in front of the prompt, never returned")
-    handle_long_generation: str | None = Field(
-        None, description="`hole` drops the prompt's start where prompt and new text exceed the context"
-    )
-    generate_kwargs: GenerateKwargs | None = None
-    messages: list[Message] | None = Field(None, description="Used when there is no prompt")
-
-
-class ChatResponse(BaseModel):
-    """The text; of several sequences, all of them one after the other."""
-
-    Result: str
-
-
-class DetailResponse(BaseModel):
-    """What was wrong."""
-
-    detail: Any
-
-
-class Healthy(BaseModel):
-    """The model serves requests."""
-
-    status: str = "Healthy"
-
-
-SCHEMAS = (ChatRequest,)
+# Types that no route declares: bodies are read by hand, events are written by hand.
+SCHEMAS = (ChatRequest, ChatEvent)
 PATHS = ("/chat", "/healthz")
+ANSWER: dict[str, Any] = {
+    "model": ChatResponse,
+    "description": "The text; with `stream` a stream of events, one a token: `data: {json}`",
+    "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatEvent"}}},
+}
 
 
 class KaitoDialect:
@@ -170,6 +69,7 @@ class KaitoDialect:
 
     def __init__(self, service: TextService, settings: HttpSettings, metrics: Metrics) -> None:
         self._service = service
+        self._settings = settings
         self._metrics = metrics
         self._body_limits = BodyLimits(max_bytes=settings.payload_limit, timeout_s=settings.body_timeout_s)
 
@@ -191,7 +91,7 @@ class KaitoDialect:
             tags=["KAITO"],
             summary="Continue a prompt or a conversation",
             response_model=None,
-            responses={**failures, 200: {"model": ChatResponse}},
+            responses={**failures, 200: ANSWER},
             openapi_extra=json_body(ChatRequest, EXAMPLE),
         )
         app.add_api_route(
@@ -207,10 +107,15 @@ class KaitoDialect:
     async def chat(self, request: Request) -> Response:
         try:
             body = parse_body(await read_json(request, self._body_limits, any_content_type=True), ChatRequest)
-            if not body.prompt and not body.messages:
-                return json_response({"detail": NO_PROMPT if body.messages is None else NO_MESSAGES}, 400)
-            completion = await unless_gone(request, self._service.complete(to_call(body, request)))
-            return json_response({"Result": render_result(completion, body)})
+            prompt = self._prompt(body)
+            if not prompt and not body.messages:
+                is_missing = body.messages is None and not self._is_conversational
+                return json_response({"detail": NO_PROMPT if is_missing else NO_MESSAGES}, 400)
+            call = self._call(body, prompt, request)
+            if body.stream:
+                return self._stream(call, body, prompt)
+            completion = await unless_gone(request, self._service.complete(call))
+            return json_response(render_answer(completion.choices, completion.num_prompt_tokens, body, prompt))
         except Exception as error:
             return self._failure(error)
 
@@ -220,16 +125,65 @@ class KaitoDialect:
             return json_response({"status": "Healthy"})
         return json_response({"detail": health.detail or f"the model is {health.state.value}"}, 500)
 
+    @property
+    def _is_conversational(self) -> bool:
+        return self._settings.kaito_pipeline == "conversational"
+
+    def _prompt(self, body: ChatRequest) -> str | None:
+        """The text to continue; None of a conversation."""
+        return None if self._is_conversational else body.prompt or None
+
+    def _call(self, body: ChatRequest, prompt: str | None, request: Request) -> GenerateCall:
+        """The body as a call. Raises InvalidRequest, which counts as the service's own refusals do."""
+        try:
+            return to_call(body, prompt, request)
+        except errors.InvalidRequest:
+            self._metrics.request_begins()
+            self._metrics.request_failed("validation")
+            raise
+
+    def _stream(self, call: GenerateCall, body: ChatRequest, prompt: str | None) -> Response:
+        return EventStream(
+            self._events(call, body, prompt),
+            ping_s=self._settings.ping_s,
+            stall_s=self._settings.stall_s,
+            last_words=STOPPED_EVENT,
+            on_abort=self._metrics.request_aborted,
+        )
+
+    async def _events(self, call: GenerateCall, body: ChatRequest, prompt: str | None) -> AsyncGenerator[bytes, None]:
+        """The stream's events, those that are ready together in one chunk; what fails is its last event."""
+        tokens: dict[int, list[GeneratedToken]] = {}
+        ends: dict[int, ChoiceEnd] = {}
+        try:
+            async with aclosing(self._service.stream(call)) as batches:
+                async for deltas in batches:
+                    for delta in deltas:
+                        tokens.setdefault(delta.choice, []).append(delta.token)
+                        if delta.end is not None:
+                            ends[delta.choice] = delta.end
+                    yield render_deltas(deltas)
+            choices = [
+                Choice(index, end.text, end.finish_reason, tuple(tokens[index]), end.seed)
+                for index, end in sorted(ends.items())
+            ]
+            yield sse(render_answer(choices, ends[0].num_prompt_tokens, body, prompt))
+        except Exception as error:
+            yield sse({"detail": render_error(error)[1]})
+
     def _failure(self, error: Exception) -> Response:
         count_failure(self._metrics, error)
         return failure(error)
 
 
-def to_call(body: ChatRequest, request: Request) -> GenerateCall:
-    """The body in our own parameter names; of the request its trace context. Raises InvalidRequest, NotSupported."""
+def to_call(body: ChatRequest, prompt: str | None, request: Request) -> GenerateCall:
+    """The body in our own parameter names; of the request its trace context. Raises InvalidRequest, NotSupported.
+
+    prompt: the text to continue, None where the body's messages are.
+    """
     kwargs = body.generate_kwargs or GenerateKwargs.model_validate({})
-    _refuse_what_is_not_honoured(kwargs)
-    if body.handle_long_generation not in {None, "hole"}:
+    _refuse_unknown(kwargs)
+    if prompt is not None and body.handle_long_generation not in {None, "hole"}:
         raise errors.InvalidRequest(
             "handle_long_generation",
             f"`handle_long_generation` must be null or `hole`. Given: {quote(body.handle_long_generation)}",
@@ -237,16 +191,13 @@ def to_call(body: ChatRequest, request: Request) -> GenerateCall:
     for name in ("top_k", "top_p"):
         if kwargs.do_sample and getattr(kwargs, name) < 0:
             raise errors.InvalidRequest(name, f"`{name}` must not be negative. Given: {getattr(kwargs, name)}")
-    prompt: str | ChatPrompt = body.prompt or ChatPrompt(
-        tuple(ChatMessage(message.role, message.content) for message in body.messages or ())
-    )
     # A share of nothing keeps the likeliest token alone, as the pipeline behind this dialect did.
     keeps_one = kwargs.top_p == 0
     return GenerateCall(
-        prompt=prompt,
+        prompt=prompt or _conversation(body),
         trace_headers=trace_headers(request.headers),
-        prefix=body.prefix if body.prompt else None,
-        drop_start_to_fit=body.handle_long_generation == "hole" and bool(body.prompt),
+        prefix=body.prefix if prompt else None,
+        drop_start_to_fit=body.handle_long_generation == "hole" and bool(prompt),
         max_length=kwargs.max_length,
         min_length=kwargs.min_length,
         max_new_tokens=kwargs.max_new_tokens,
@@ -257,71 +208,24 @@ def to_call(body: ChatRequest, request: Request) -> GenerateCall:
         top_p=None if keeps_one or kwargs.top_p >= 1 else kwargs.top_p,
         typical_p=None if kwargs.typical_p >= 1 else kwargs.typical_p,
         repetition_penalty=kwargs.repetition_penalty,
-        num_return_sequences=kwargs.num_return_sequences,
+        frequency_penalty=kwargs.frequency_penalty,
+        seed=kwargs.seed,
+        watermark=bool(kwargs.watermark),
         stop_token_ids=None if kwargs.eos_token_id is None else (kwargs.eos_token_id,),
+        **search_arguments(kwargs),
     )
 
 
-def render_result(completion: Completion, body: ChatRequest) -> str:
-    """The `Result`: the sequences' texts with nothing in between; of a conversation, the answer as a message.
-
-    The message is in Python's notation, which is what clients of the conversational form have to read.
-    """
-    texts = [choice.text for choice in completion.choices]
-    if body.clean_up_tokenization_spaces:
-        texts = [clean_up_spaces(text) for text in texts]
-    if not body.prompt:
-        return "".join(str({"role": "assistant", "content": text}) for text in texts)
-    shown = "" if body.return_full_text is False else body.prompt
-    return "".join(shown + text for text in texts)
+def _conversation(body: ChatRequest) -> ChatPrompt:
+    return ChatPrompt(tuple(ChatMessage(message.role, message.content) for message in body.messages or ()))
 
 
-def clean_up_spaces(text: str) -> str:
-    """The text without the spaces that tokenised text has before punctuation and contractions."""
-    for spaced, clean in CLEANED_SPACES:
-        text = text.replace(spaced, clean)
-    return text
-
-
-def failure(error: Exception) -> Response:
-    """The answer to a request that failed, in this dialect."""
-    headers: dict[str, str] = {}
-    detail: object = str(error)
-    match error:
-        case MalformedBody():
-            # The service behind this dialect answered 422 to whatever it could not read.
-            status = 422 if error.status == 400 else error.status
-            detail = [{"loc": ["body", *error.loc], "msg": str(error), "type": error.kind}]
-        case errors.RequestError():
-            status = 422
-        case errors.Overloaded():
-            status = 429
-            headers["Retry-After"] = str(error.retry_after_s)
-        case errors.GenerationFailed():
-            status = 500
-        case errors.EngineDead():
-            status = 503
-            headers["Retry-After"] = "5"
-        case ServerStopping():
-            status = 503
-            headers["Retry-After"] = "5"
-        case ClientGone():
-            status = 499
-        case _:
-            logger.error("request failed unexpectedly", exc_info=error)
-            status, detail = 500, "Internal Server Error"
-    return json_response({"detail": detail}, status, headers)
-
-
-def _refuse_what_is_not_honoured(kwargs: GenerateKwargs) -> None:
-    for name, neutral in NEUTRAL_VALUES.items():
-        value = getattr(kwargs, name)
-        if value not in neutral:
-            raise errors.NotSupported(
-                name,
-                f"`generate_kwargs.{name}` is supported only as {quote(neutral[0])} by this version. "
-                f"Given: {quote(value)}",
-            )
+def _refuse_unknown(kwargs: GenerateKwargs) -> None:
+    """Members without a meaning here; null asks for nothing."""
     for name, value in (kwargs.model_extra or {}).items():
         if value is not None:
-            raise errors.NotSupported(name[:200], f"`generate_kwargs` has no member {quote(name)} that is supported")
+            near = difflib.get_close_matches(name[:200], GenerateKwargs.model_fields, n=1, cutoff=0.8)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise errors.NotSupported(
+                name[:200], f"`generate_kwargs` has no member {quote(name)} that is supported{hint}"
+            )

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class HttpSettings:
     """api_keys: any of them is accepted; none leaves every route open. cors_allow_origins: empty allows any origin.
     compute_type: what answers say they were computed on, None for the model's device. predict_path, health_path: where
-    Vertex AI sends its requests besides /vertex and /health.
+    Vertex AI sends its requests besides /vertex and /health. kaito_pipeline: what /chat continues: a prompt
+    ("text-generation") or messages ("conversational").
     """
 
     api_keys: tuple[str, ...] = ()
@@ -21,3 +22,4 @@ class HttpSettings:
     compute_type: str | None = None
     predict_path: str | None = None
     health_path: str | None = None
+    kaito_pipeline: str = "text-generation"

@@ -64,11 +64,17 @@ async def _open(
     """The service and its metrics. on_give_up: called when the engine died so often that it stays down."""
     logger.info("settings", extra=settings.shown())
     checkpoint = await asyncio.to_thread(
-        locate_checkpoint, settings.model, revision=settings.revision, cache_dir=settings.huggingface_hub_cache
+        locate_checkpoint,
+        settings.model,
+        revision=settings.revision,
+        cache_dir=settings.huggingface_hub_cache,
+        offline=settings.offline,
     )
     # The text side is read first: what is missing there is known in a moment, the weights may take minutes.
     tokenizer = load_tokenizer(checkpoint.folder)
-    chat_template = load_chat_template(checkpoint.folder, tokenizer, settings.tokenizer_config_path)
+    chat_template = load_chat_template(
+        checkpoint.folder, tokenizer, settings.chat_template or settings.tokenizer_config_path
+    )
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         tracer = _start_tracer(settings, stack)
@@ -175,6 +181,7 @@ class _Server(uvicorn.Server):
             compute_type=settings.compute_type,
             predict_path=settings.aip_predict_route,
             health_path=settings.aip_health_route,
+            kaito_pipeline=settings.kaito_pipeline,
         )
         config = uvicorn.Config(
             create_app(service, http_settings, metrics),

@@ -15,7 +15,13 @@ def detect_offline(settings: Settings, call: DetectCall) -> Detection:
 
     Raises InvalidRequest for the call's values, OperatorError when the checkpoint cannot be had.
     """
-    checkpoint = locate_checkpoint(settings.model, revision=settings.revision, cache_dir=settings.huggingface_hub_cache)
+    checkpoint = locate_checkpoint(
+        settings.model,
+        revision=settings.revision,
+        cache_dir=settings.huggingface_hub_cache,
+        offline=settings.offline,
+        with_weights=False,
+    )
     tokenizer = load_tokenizer(checkpoint.folder)
     width = read_json_object(checkpoint.folder / "config.json").get("vocab_size")
     return detect(

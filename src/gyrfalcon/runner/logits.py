@@ -66,12 +66,13 @@ def _add_watermark(scores_SV: Tensor, columns: SamplingColumns, last_ids_S: Ints
     if marked.size == 0:
         return
     device = scores_SV.device
-    keys = as_tensor(watermark_keys(columns.watermark_key_S[marked], last_ids_S[marked]), device)
+    keys_G = as_tensor(watermark_keys(columns.watermark_key_S[marked], last_ids_S[marked]), device)
     ids_V = torch.arange(scores_SV.shape[1], device=device)
-    threshold = torch.from_numpy((columns.watermark_gamma_S[marked].astype(np.float64) * 2**53).astype(np.int64))
-    is_green = uniform_bits(keys[:, None], ids_V) < threshold.to(device)[:, None]
-    delta = torch.from_numpy(columns.watermark_delta_S[marked]).to(device)
-    scores_SV[torch.from_numpy(marked).to(device)] += is_green * delta[:, None]
+    thresholds_G = torch.from_numpy((columns.watermark_gamma_S[marked].astype(np.float64) * 2**53).astype(np.int64))
+    deltas_G = torch.from_numpy(columns.watermark_delta_S[marked]).to(device)
+    # One sample at a time: what its generator computes then stays in the cache.
+    for sample, key, threshold, delta in zip(marked, keys_G, thresholds_G.to(device), deltas_G, strict=True):
+        scores_SV[sample] += (uniform_bits(key, ids_V) < threshold) * delta
 
 
 def _add_bias(scores_SV: Tensor, bias: WeightedIdLists) -> None:

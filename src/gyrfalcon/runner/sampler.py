@@ -19,11 +19,15 @@ from gyrfalcon.runner.interface import SamplingColumns
 from gyrfalcon.runner.noise import as_tensor, draw_keys, gumbel
 from gyrfalcon.runner.warpers import keep_any, keep_head, warper_columns
 
-NARROW_WIDTH = 320
-"""The largest scores looked at first: most distributions end within them, and sorting all takes long."""
+NARROW_WIDTHS = (320, 4096)
+"""How many of the largest scores are looked at, one after the other, before all are sorted, which takes ten times as
+long: most distributions end within the first few hundred."""
 
-NARROW_TOP_K = 256
-"""Largest k for which that is tried; leaves room for ties with the k-th score."""
+BLOCK_ELEMENTS = 2**17
+"""Scores of a CPU's group: in double precision they fill a megabyte, which a core's cache holds beside a copy."""
+
+DEVICE_BLOCK_ELEMENTS = 2**26
+"""Scores of another device's group: bounds its temporaries at half a gigabyte each."""
 
 Indices = npt.NDArray[np.intp]
 
@@ -41,7 +45,7 @@ class Chosen:
 class WarpedGroup:
     """What is left of some samples' distributions: `scores_GM[i, j]` is the warped score of token `ids_GM[i, j]`.
 
-    Tokens that are not listed have a score of -inf. Ids of equal scores are ascending.
+    Tokens that are not listed have a score of -inf. Of equal scores the lowest id comes first.
     """
 
     samples_G: Indices
@@ -91,35 +95,55 @@ def perturbed_scores(group: WarpedGroup, columns: SamplingColumns) -> Tensor:
 
 
 def _groups(scores_SV: Tensor, columns: SamplingColumns) -> Iterator[WarpedGroup]:
-    """The samples by what their warpers need: nothing, a few of the largest scores, or all in order."""
-    device, width = scores_SV.device, scores_SV.shape[1]
+    """The samples by what their warpers need: nothing, the largest scores, all scores in order, or all as they are."""
+    width = scores_SV.shape[1]
     has_top_k = (columns.top_k_S > 0) & (columns.top_k_S < width)
-    keeps_head = has_top_k | (columns.top_p_S < 1.0) | (columns.min_p_S > 0.0)
-    keeps_any = (columns.typical_p_S < 1.0) | (columns.epsilon_cutoff_S > 0.0) | (columns.eta_cutoff_S > 0.0)
-    is_warped = columns.do_sample_S & (keeps_head | keeps_any)
-    is_narrow = is_warped & keeps_head & (columns.top_k_S <= NARROW_TOP_K) & (columns.keep_S <= NARROW_TOP_K)
-    ids_V = torch.arange(width, device=device)
-    for plain in (np.flatnonzero(~columns.do_sample_S), np.flatnonzero(columns.do_sample_S & ~is_warped)):
-        if plain.size:
-            scores_GV = scores_SV if plain.size == len(scores_SV) else scores_SV[torch.from_numpy(plain).to(device)]
-            yield WarpedGroup(plain, ids_V.expand(plain.size, -1), scores_GV)
-    if (narrow := np.flatnonzero(is_narrow)).size and width > NARROW_WIDTH:
-        group, fits_G = _narrow(scores_SV, narrow, columns)
-        is_warped[narrow[fits_G]] = False
+    needs_order = columns.do_sample_S & (has_top_k | (columns.top_p_S < 1.0) | (columns.min_p_S > 0.0))
+    is_cut = (columns.typical_p_S < 1.0) | (columns.epsilon_cutoff_S > 0.0) | (columns.eta_cutoff_S > 0.0)
+    needs_all = columns.do_sample_S & ~needs_order & is_cut
+    for plain in (~columns.do_sample_S, columns.do_sample_S & ~needs_order & ~needs_all):
+        for block_G in _blocks(np.flatnonzero(plain), scores_SV):
+            yield _as_they_are(scores_SV, block_G)
+    for block_G in _blocks(np.flatnonzero(needs_all), scores_SV):
+        group = _as_they_are(scores_SV, block_G)
+        settings = warper_columns(columns.take(block_G), scores_SV.device)
+        yield WarpedGroup(block_G, group.ids_GM, keep_any(group.scores_GM, settings))
+    for narrow_width in NARROW_WIDTHS:
+        # A fifth is room for ties with the k-th score.
+        has_room = np.maximum(columns.top_k_S, columns.keep_S) <= narrow_width * 4 // 5
+        narrow_G = np.flatnonzero(needs_order & has_room)
+        if narrow_G.size == 0 or narrow_width >= width:
+            continue
+        group, fits_G = _narrow(scores_SV, narrow_G, columns, narrow_width)
+        needs_order[narrow_G[fits_G]] = False
         if fits_G.any():
-            where_G = torch.from_numpy(fits_G).to(device)
-            yield WarpedGroup(narrow[fits_G], group.ids_GM[where_G], group.scores_GM[where_G])
-    if (wide := np.flatnonzero(is_warped)).size:
-        group = _in_order(scores_SV, wide, width)
-        settings = warper_columns(columns.take(wide), device)
-        yield WarpedGroup(wide, group.ids_GM, keep_any(keep_head(group.scores_GM, settings), settings))
+            where_G = torch.from_numpy(fits_G).to(scores_SV.device)
+            yield WarpedGroup(narrow_G[fits_G], group.ids_GM[where_G], group.scores_GM[where_G])
+    for block_G in _blocks(np.flatnonzero(needs_order), scores_SV):
+        group = _in_order(scores_SV, block_G, width)
+        settings = warper_columns(columns.take(block_G), scores_SV.device)
+        yield WarpedGroup(block_G, group.ids_GM, keep_any(keep_head(group.scores_GM, settings), settings))
+
+
+def _blocks(samples_G: Indices, scores_SV: Tensor) -> Iterator[Indices]:
+    """A few samples at a time, so that what is computed between their scores and their tokens stays in the cache."""
+    most = BLOCK_ELEMENTS if scores_SV.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+    count = max(1, most // scores_SV.shape[1])
+    for start in range(0, len(samples_G), count):
+        yield samples_G[start : start + count]
+
+
+def _as_they_are(scores_SV: Tensor, samples_G: Indices) -> WarpedGroup:
+    ids_V = torch.arange(scores_SV.shape[1], device=scores_SV.device)
+    scores_GV = scores_SV[torch.from_numpy(samples_G).to(scores_SV.device)]
+    return WarpedGroup(samples_G, ids_V.expand(len(samples_G), -1), scores_GV)
 
 
 def _narrow(
-    scores_SV: Tensor, samples_G: Indices, columns: SamplingColumns
+    scores_SV: Tensor, samples_G: Indices, columns: SamplingColumns, width: int
 ) -> tuple[WarpedGroup, npt.NDArray[np.bool_]]:
-    """The samples warped within their largest scores, and which of them need no more than those."""
-    group = _in_order(scores_SV, samples_G, NARROW_WIDTH)
+    """The samples warped within their `width` largest scores, and which of them need no more than those."""
+    group = _in_order(scores_SV, samples_G, width)
     settings = warper_columns(columns.take(samples_G), scores_SV.device)
     mass_G1 = None
     needs_mass = (columns.top_k_S[samples_G] == 0) & (columns.top_p_S[samples_G] < 1.0)

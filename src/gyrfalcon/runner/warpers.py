@@ -1,6 +1,6 @@
 """Warpers: which of a distribution's tokens may be drawn. What does not survive becomes -inf.
 
-Each takes candidates in descending order of score and works on the rows that ask for it. Sums are in double precision
+Each works on the rows that ask for it. Sums are in double precision
 and taken one element after the other (`cumsum`): `sum` splits a lone row over threads, and its bits with it.
 Letters: G samples of a group, M candidates of a sample.
 """
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from gyrfalcon.runner.interface import SamplingColumns
+
+NEAREST = 320
+"""Tokens nearest to the entropy that are looked at before all are sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ def warper_columns(columns: SamplingColumns, device: torch.device) -> WarperColu
 
 
 def keep_head(scores_GM: Tensor, settings: WarperColumns, mass_G1: Tensor | None = None) -> Tensor:
-    """Top-k, top-p and min-p, which keep the beginning of the order.
+    """Top-k, top-p and min-p, which keep the beginning of scores in descending order.
 
     mass_G1: of all a row's tokens, in units of its likeliest one's probability, for the rows without top-k; where the
     candidates are not all tokens. Without it the candidates are all.
@@ -63,7 +66,7 @@ def keep_head(scores_GM: Tensor, settings: WarperColumns, mass_G1: Tensor | None
 
 
 def keep_any(scores_GM: Tensor, settings: WarperColumns) -> Tensor:
-    """Typical-p, epsilon and eta cut-off, which may leave holes in the order."""
+    """Typical-p, epsilon and eta cut-off, of scores in any order."""
     if (settings.typical_p_G1 < 1.0).any():
         scores_GM = _keep_typical(scores_GM, settings)
     if (settings.epsilon_G1 > 0.0).any():
@@ -87,19 +90,32 @@ def _keep_typical(scores_GM: Tensor, settings: WarperColumns) -> Tensor:
     """Keep the tokens whose information is nearest to the entropy, up to a mass (Meister et al. 2022, section 4)."""
     logprobs_GM, entropy_G1 = _information(scores_GM)
     distance_GM = (-logprobs_GM - entropy_G1).abs()
-    sorted_GM, order_GM = distance_GM.sort(dim=-1, stable=True)
-    mass_GM = logprobs_GM.gather(1, order_GM).exp().cumsum(dim=-1)
-    last_G1 = (mass_GM < settings.typical_p_G1).sum(dim=-1, keepdim=True).clamp(max=scores_GM.shape[1] - 1)
+    num_nearest = min(max(NEAREST, int(settings.keep_G1.max())), scores_GM.shape[1])
+    nearest_GN, order_GN = distance_GM.topk(num_nearest, dim=-1, largest=False)
+    mass_GN = logprobs_GM.gather(1, order_GN).exp().cumsum(dim=-1)
+    farthest_G1 = _first_to_reach(nearest_GN, mass_GN, settings.typical_p_G1)
+    is_short_G = ((mass_GN[:, -1:] < settings.typical_p_G1) & (settings.typical_p_G1 < 1.0)).squeeze(1)
+    if is_short_G.any():
+        sorted_GM, all_order_GM = distance_GM[is_short_G].sort(dim=-1, stable=True)
+        mass_GM = logprobs_GM[is_short_G].gather(1, all_order_GM).exp().cumsum(dim=-1)
+        farthest_G1[is_short_G] = _first_to_reach(sorted_GM, mass_GM, settings.typical_p_G1[is_short_G])
     # Those as far from the entropy as the last one kept stay with it.
-    cut_GM = (sorted_GM > sorted_GM.gather(1, last_G1)) & (settings.typical_p_G1 < 1.0)
-    cut_GM &= _places(scores_GM) >= settings.keep_G1
-    return scores_GM.masked_fill(torch.empty_like(cut_GM).scatter_(1, order_GM, cut_GM), -torch.inf)
+    cut_GM = (distance_GM > farthest_G1) & (settings.typical_p_G1 < 1.0)
+    is_kept_GN = _places(nearest_GN) < settings.keep_G1
+    cut_GM.scatter_(1, order_GN, cut_GM.gather(1, order_GN) & ~is_kept_GN)
+    return scores_GM.masked_fill(cut_GM, -torch.inf)
+
+
+def _first_to_reach(sorted_GN: Tensor, mass_GN: Tensor, wanted_G1: Tensor) -> Tensor:
+    """The value with which the mass reaches what is wanted, or the last one."""
+    place_G1 = (mass_GN < wanted_G1).sum(dim=-1, keepdim=True).clamp(max=sorted_GN.shape[1] - 1)
+    return sorted_GN.gather(1, place_G1)
 
 
 def _cut_below(scores_GM: Tensor, threshold_G1: Tensor, settings: WarperColumns) -> Tensor:
     """Keep what is at least as likely as the threshold, and what ties with the last of those that always survive."""
     last_G1 = settings.keep_G1.clamp(max=scores_GM.shape[1]) - 1
-    least_G1 = scores_GM.sort(dim=-1, descending=True).values.gather(1, last_G1)
+    least_G1 = scores_GM.topk(int(last_G1.max()) + 1, dim=-1).values.gather(1, last_G1)
     is_cut_GM = (torch.softmax(scores_GM, dim=-1, dtype=torch.float64) < threshold_G1) & (scores_GM < least_G1)
     return scores_GM.masked_fill(is_cut_GM, -torch.inf)
 

@@ -82,13 +82,18 @@ class ChatTemplate:
         return prompt[: found + len(content)]
 
 
-def load_chat_template(folder: Path, tokenizer: TextTokenizer, override: Path | None = None) -> ChatTemplate | None:
+def load_chat_template(
+    folder: Path, tokenizer: TextTokenizer, override: Path | str | None = None
+) -> ChatTemplate | None:
     """The checkpoint's chat template, None where it has none.
 
-    override: a file to take it from instead: a template, or a JSON file with a `chat_template`. Raises
-    ModelLoadError naming the file that is not readable as what it should be.
+    override: a template's own text to take instead, or a file: a template, or a JSON file with a `chat_template`.
+    Raises ModelLoadError naming the file that is not readable as what it should be.
     """
-    source = _read_source(folder) if override is None else _read_override(override)
+    if isinstance(override, Path):
+        source: str | None = _read_override(override)
+    else:
+        source = _read_source(folder) if override is None else override
     if source is None:
         return None
     return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)

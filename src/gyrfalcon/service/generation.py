@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
 from gyrfalcon import errors
-from gyrfalcon.engine.interface import EngineEvent, EngineRequest, EngineStats, PromptEvent, TokenEvent
+from gyrfalcon.engine.interface import EngineEvent, EngineRequest, EngineStats, PromptEvent, ScoreEvent, TokenEvent
 from gyrfalcon.metrics import Metrics
 from gyrfalcon.service.detokenizer import Detokenizer
 from gyrfalcon.service.interface import (
@@ -31,6 +31,7 @@ from gyrfalcon.service.interface import (
     TokenPrompt,
 )
 from gyrfalcon.service.models import ModelTable, ServedModel
+from gyrfalcon.service.search_rules import check_ids, check_ids_within
 from gyrfalcon.service.tokenizer import TextTokenizer
 from gyrfalcon.service.validation import (
     SEED_RANGE,
@@ -39,7 +40,7 @@ from gyrfalcon.service.validation import (
     check,
     check_encodable,
     check_messages,
-    count_choices,
+    count_sequences,
     fit,
 )
 from gyrfalcon.service.watermark import check_size, detect
@@ -141,7 +142,7 @@ class GenerationService:
                 _check_streamable(call)
             model = self._models.resolve(call.model)
             record.model = model.name
-            with self._admission.permit(count_choices(call, model.limits)):
+            with self._admission.permit(count_sequences(call, model.limits)):
                 valid = check(call, model.limits, model.watermark)
                 prompt = await _tokenize(valid, model)
                 self._metrics.prompt_admitted(len(prompt.ids), prompt.max_new_tokens)
@@ -201,6 +202,7 @@ class Run:
         self._texts = [Detokenizer(model.tokenizer, prompt.ids, valid.call.stop) for _ in range(valid.num_choices)]
         self._num_tokens = [0] * valid.num_choices
         self._is_ended = [False] * valid.num_choices
+        self._scores: dict[int, ScoreEvent] = {}  # of a search's choices
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Run the engine and yield its tokens as text, until every choice has ended."""
@@ -211,6 +213,8 @@ class Run:
                     if isinstance(event, PromptEvent):
                         self._record.queue_s = event.queue_s
                         self._prompt_logprobs = event.logprobs
+                    elif isinstance(event, ScoreEvent):
+                        self._scores[event.choice] = event
                     elif isinstance(event, TokenEvent) and not self._is_ended[event.choice]:
                         deltas.append(self._delta(event))
                 if deltas:
@@ -223,7 +227,7 @@ class Run:
     def completion(self, tokens: Sequence[Sequence[GeneratedToken]], ends: Sequence[ChoiceEnd | None]) -> Completion:
         """The finished request, its best choice first where it is ranked."""
         choices = [
-            Choice(index, end.text, end.finish_reason, tuple(tokens[index]), end.seed)
+            Choice(index, end.text, end.finish_reason, tuple(tokens[index]), end.seed, end.score, end.beam_indices)
             for index, end in enumerate(ends)
             if end is not None
         ]
@@ -254,6 +258,7 @@ class Run:
                 max_new_tokens=self._prompt.max_new_tokens,
                 min_new_tokens=self._prompt.min_new_tokens,
                 sampling=self._valid.sampling,
+                beams=self._valid.beams,
                 num_choices=self.num_choices,
                 stop_token_ids=stop_ids,
                 prompt_logprobs=call.prompt_logprobs,
@@ -281,12 +286,17 @@ class Run:
         self._is_ended[choice] = True
         self._record.finish_reason = reason.value
         sampling = self._valid.sampling
+        # A search is repeated as a whole: what it returns has no seeds of its own.
+        seed = sampling.seed if self._valid.beams else (sampling.seed + choice) % SEED_RANGE
+        score = self._scores.get(choice)
         return ChoiceEnd(
             text=self._texts[choice].text,
             finish_reason=reason,
             num_tokens=self._num_tokens[choice],
-            seed=(sampling.seed + choice) % SEED_RANGE if sampling.do_sample else None,
+            seed=seed if sampling.do_sample else None,
             num_prompt_tokens=len(self._prompt.ids),
+            score=None if score is None else score.score,
+            beam_indices=None if score is None else score.beam_indices,
         )
 
     def _top(self, pairs: Sequence[tuple[int, float]]) -> tuple[GeneratedToken, ...]:
@@ -370,6 +380,12 @@ def _check_streamable(call: GenerateCall) -> None:
         )
     if call.prompt_logprobs:
         raise errors.InvalidRequest("prompt_logprobs", "`prompt_logprobs` is not allowed when streaming")
+    if call.num_beams is not None and call.num_beams > 1:
+        raise errors.InvalidRequest(
+            "num_beams",
+            "`num_beams` > 1 is not allowed when streaming: a search has no text before its end. "
+            f"Given: {call.num_beams}",
+        )
 
 
 async def _tokenize(valid: ValidCall, model: ServedModel) -> FittedPrompt:
@@ -382,19 +398,11 @@ async def _tokenize(valid: ValidCall, model: ServedModel) -> FittedPrompt:
         ids = await _encode(model.tokenizer, await _render(prompt, model), call.truncate, add_special_tokens=False)
     else:
         ids = await _encode(model.tokenizer, (call.prefix or "") + prompt, call.truncate)
-    _check_ids("prompt", ids, model)
-    _check_ids("stop_token_ids", call.stop_token_ids or (), model)
+    width = model.engine.facts.vocab_size
+    check_ids_within("prompt", ids, width)
+    check_ids(call, width)
     num_prefix_tokens = len(model.tokenizer.encode(call.prefix, add_special_tokens=False)) if call.prefix else 0
     return fit(valid, ids, num_prefix_tokens, model.limits)
-
-
-def _check_ids(parameter: str, ids: Sequence[int], model: ServedModel) -> None:
-    width = model.engine.facts.vocab_size
-    strange = next((id_ for id_ in ids if not 0 <= id_ < width), None)
-    if strange is not None:
-        raise errors.InvalidRequest(
-            parameter, f"`{parameter}` holds token id {strange}; the model's ids are 0 to {width - 1}"
-        )
 
 
 async def _render(prompt: ChatPrompt, model: ServedModel) -> str:

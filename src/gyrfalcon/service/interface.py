@@ -89,13 +89,37 @@ class GenerateCall:
     typical_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
+    min_p: float | None = None  # above 0, this and the two cut-offs imply sampling as well
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
     seed: int | None = None  # None: drawn at random
     watermark: bool = False
+
+    # None is off; what each does is said where `SamplingParams` has it
+    encoder_repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    encoder_no_repeat_ngram_size: int | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None  # start and factor
+    remove_invalid_values: bool = False
+    renormalize_logits: bool = False
 
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] | None = None  # None: the model's own end-of-sequence ids
     best_of: int | None = None  # generate this many, return them ranked
-    num_return_sequences: int | None = None  # generate and return this many, unranked
+    num_return_sequences: int | None = None  # generate and return this many, unranked; of beams the best
+
+    num_beams: int | None = None  # above 1: beam search; with one beam the rest of these has no effect
+    num_beam_groups: int | None = None  # above 1: diverse beam search
+    diversity_penalty: float | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None  # or "never"
+    pad_token_id: int | None = None  # what finished groups of a diverse search go on with; in no answer
 
     prompt_logprobs: bool = False
     top_n: int | None = None  # likeliest tokens to report at every position
@@ -130,7 +154,8 @@ class ChoiceEnd:
     """How a choice ended; comes with its last token.
 
     text: all of it, special tokens left out, the stop string kept. num_tokens: generated ones, end-of-sequence
-    included. seed: that of this choice when it was sampled, else None.
+    included. seed: that of this choice when it was sampled, else None. score: what a beam search ranked it by.
+    beam_indices: for each of its tokens the beam it was appended to, in a beam search.
     """
 
     text: str
@@ -138,6 +163,8 @@ class ChoiceEnd:
     num_tokens: int
     seed: int | None
     num_prompt_tokens: int
+    score: float | None = None
+    beam_indices: tuple[int, ...] | None = None
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -151,13 +178,18 @@ class Delta(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One finished continuation; `index` is its place in generation order."""
+    """One finished continuation; `index` is its place in generation order, of beams its rank.
+
+    score, beam_indices: as in `ChoiceEnd`.
+    """
 
     index: int
     text: str
     finish_reason: FinishReason
     tokens: tuple[GeneratedToken, ...]
     seed: int | None
+    score: float | None = None
+    beam_indices: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gyrfalcon.engine.interface import EngineFacts, SamplingParams, WatermarkParams
+from gyrfalcon.engine.interface import BeamParams, EngineFacts, SamplingParams, WatermarkParams
 from gyrfalcon.errors import InvalidRequest, PromptTooLong, SettingsError
 from gyrfalcon.service.interface import ChatMessage, ChatPrompt, GenerateCall, TokenPrompt
+from gyrfalcon.service.search_rules import (
+    beams_of,
+    check_positive,
+    check_returned_beams,
+    count_beams,
+    implies_sampling,
+    with_rules,
+)
 from gyrfalcon.splitmix import MANTISSA_BITS, green_threshold
 
 SEED_RANGE = 2**64
@@ -23,6 +31,7 @@ DRAWN_SEED_BITS = 53
 MAX_RESERVED_NEW_TOKENS = 1024
 # No tokenizer packs more characters than this into the average token of a text worth sending.
 MAX_CHARS_PER_TOKEN = 16
+DEFAULT_MAX_BEAMS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +43,7 @@ class Limits:
     max_concurrent_requests: int = 128  # sequences: a request of k choices counts k times
     max_best_of: int = 4
     max_return_sequences: int = 8
+    max_beams: int = DEFAULT_MAX_BEAMS
     max_stop_sequences: int = 8
     max_stop_length: int = 256  # characters
     max_top_n_tokens: int = 20
@@ -55,9 +65,15 @@ class ValidCall:
 
     call: GenerateCall
     sampling: SamplingParams
-    num_choices: int
+    beams: BeamParams | None
+    num_choices: int  # sequences returned
     is_ranked: bool  # best first, by mean token log-probability
     top_n: int
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are computed and held together."""
+        return self.num_choices if self.beams is None else self.beams.num_beams
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +138,7 @@ def resolve_limits(
         max_concurrent_requests=max_concurrent_requests,
         # Each of its sequences needs a permit and a place in the batch.
         max_best_of=min(max_best_of, max_concurrent_requests, max_batch_size),
+        max_beams=min(DEFAULT_MAX_BEAMS, max_concurrent_requests, max_batch_size),
         max_stop_sequences=max_stop_sequences,
         max_top_n_tokens=max_top_n_tokens,
         default_max_new_tokens=default_max_new_tokens,
@@ -131,13 +148,21 @@ def resolve_limits(
     )
 
 
+def count_sequences(call: GenerateCall, limits: Limits) -> int:
+    """How many sequences are computed for the call. Checked before a permit is taken, since each takes one."""
+    return max(count_choices(call, limits), count_beams(call, limits.max_beams))
+
+
 def count_choices(call: GenerateCall, limits: Limits) -> int:
-    """How many sequences the call generates. Checked before a permit is taken, since each takes one."""
+    """How many sequences the call returns."""
     best_of = 1 if call.best_of is None or call.best_of == 0 else call.best_of
     if best_of > 1 and limits.max_best_of == 1:
         raise InvalidRequest("best_of", f"`best_of` > 1 is disabled on this server. Given: {best_of}")
     if not 0 < best_of <= limits.max_best_of:
         raise InvalidRequest("best_of", f"`best_of` must be > 0 and <= {limits.max_best_of}. Given: {best_of}")
+    beams = count_beams(call, limits.max_beams)
+    if beams > 1:
+        return check_returned_beams(call, beams)
     sequences = 1 if call.num_return_sequences is None else call.num_return_sequences
     most = min(limits.max_return_sequences, limits.max_concurrent_requests, limits.max_batch_size)
     if not 0 < sequences <= most:
@@ -153,7 +178,10 @@ def check(call: GenerateCall, limits: Limits, watermark: WatermarkParams) -> Val
     """Judge all parameters that do not depend on the prompt's tokens; the first that breaks a rule is reported."""
     num_choices = count_choices(call, limits)
     is_ranked = call.best_of is not None and call.best_of > 1
-    sampling = _sampling(call, num_choices, watermark)
+    num_beams = count_beams(call, limits.max_beams)
+    sampling = _sampling(call, num_choices if num_beams == 1 else 1, watermark)
+    sampling = with_rules(sampling, call, max_total_tokens=limits.max_total_tokens)
+    beams = beams_of(call, num_beams=num_beams, does_sample=sampling.do_sample)
     _check_lengths(call)
     _check_stop(call.stop, limits)
     if is_ranked and call.seed is not None:
@@ -168,7 +196,9 @@ def check(call: GenerateCall, limits: Limits, watermark: WatermarkParams) -> Val
             f"`truncate` must be strictly positive and less than or equal to {limits.max_input_tokens}. "
             f"Given: {call.truncate}",
         )
-    return ValidCall(call=call, sampling=sampling, num_choices=num_choices, is_ranked=is_ranked, top_n=top_n)
+    return ValidCall(
+        call=call, sampling=sampling, beams=beams, num_choices=num_choices, is_ranked=is_ranked, top_n=top_n
+    )
 
 
 def check_encodable(parameter: str, text: str) -> None:
@@ -252,18 +282,18 @@ def _room_in_cache(valid: ValidCall, num_prompt_tokens: int, needed: int, limits
     They share the prompt's whole blocks; every other block is a sequence's own. Raises InvalidRequest when there is
     room for less than `needed` each.
     """
-    if limits.cache_tokens is None or valid.num_choices == 1:
+    if limits.cache_tokens is None or valid.num_sequences == 1:
         return limits.max_total_tokens  # one sequence of the promised length always fits
     num_shared = num_prompt_tokens // limits.block_size
-    num_own = (limits.cache_tokens // limits.block_size - num_shared) // valid.num_choices
+    num_own = (limits.cache_tokens // limits.block_size - num_shared) // valid.num_sequences
     room = (num_shared + num_own) * limits.block_size - num_prompt_tokens
     if room < needed:
-        name = "best_of" if valid.is_ranked else "num_return_sequences"
+        name = "best_of" if valid.is_ranked else "num_return_sequences" if valid.beams is None else "num_beams"
         raise InvalidRequest(
             name,
             f"`{name}` sequences must fit the cache of {limits.cache_tokens} tokens together: after "
             f"{num_prompt_tokens} prompt tokens each may have {max(room, 0)} new ones. "
-            f"Given: {valid.num_choices} sequences of {needed}",
+            f"Given: {valid.num_sequences} sequences of {needed}",
         )
     return room
 
@@ -277,7 +307,8 @@ def _sampling(call: GenerateCall, num_choices: int, watermark: WatermarkParams) 
     top_p = None if is_greedy or call.top_p == 1 else call.top_p
     typical_p = None if is_greedy or call.typical_p == 1 else call.typical_p
 
-    implied = any(value is not None for value in (temperature, top_k, top_p, typical_p))
+    is_cut_off = implies_sampling(call)
+    implied = is_cut_off or any(value is not None for value in (temperature, top_k, top_p, typical_p))
     if num_choices > 1 and not (call.do_sample or implied):
         name = "best_of" if call.best_of is not None and call.best_of > 1 else "num_return_sequences"
         raise InvalidRequest(
@@ -286,10 +317,10 @@ def _sampling(call: GenerateCall, num_choices: int, watermark: WatermarkParams) 
             f"Given: {num_choices}",
         )
     if temperature is not None:
-        temperature = _check_positive("temperature", temperature)
+        temperature = check_positive("temperature", temperature)
     repetition_penalty = 1.0
     if call.repetition_penalty is not None:
-        repetition_penalty = _check_positive("repetition_penalty", call.repetition_penalty)
+        repetition_penalty = check_positive("repetition_penalty", call.repetition_penalty)
     frequency_penalty = 0.0 if call.frequency_penalty is None else call.frequency_penalty
     if not -2.0 <= frequency_penalty <= 2.0:
         raise InvalidRequest(
@@ -304,7 +335,7 @@ def _sampling(call: GenerateCall, num_choices: int, watermark: WatermarkParams) 
         raise InvalidRequest("seed", f"`seed` must be >= 0 and below 2^64. Given: {call.seed}")
 
     does_sample = bool(call.do_sample) or any(
-        (temperature not in {None, 1.0}, top_k is not None, top_p is not None, typical_p is not None)
+        (is_cut_off, temperature not in {None, 1.0}, top_k is not None, top_p is not None, typical_p is not None)
     )
     return SamplingParams(
         watermark=_check_applicable(watermark) if call.watermark else None,
@@ -332,17 +363,6 @@ def _check_applicable(watermark: WatermarkParams) -> WatermarkParams:
             f"`watermark` cannot be applied: with this server's delta of {watermark.delta} green tokens gain nothing",
         )
     return watermark
-
-
-def _check_positive(name: str, value: float) -> float:
-    """The value, which must be a positive number also as the float32 it is computed with."""
-    with np.errstate(over="ignore", under="ignore"):
-        single = float(np.float32(value))
-    if not value > 0.0:
-        raise InvalidRequest(name, f"`{name}` must be strictly positive. Given: {value}")
-    if not 0.0 < single < float("inf"):
-        raise InvalidRequest(name, f"`{name}` must be strictly positive and finite in single precision. Given: {value}")
-    return value
 
 
 def _check_lengths(call: GenerateCall) -> None:

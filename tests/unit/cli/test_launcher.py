@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import typer
-from tools.launcher_page import PAGE, with_tables
+from tools.launcher_page import LAUNCHER_PAGE, with_tables
 from typer.testing import CliRunner
 
 from gyrfalcon import __version__
 from gyrfalcon.cli import launcher as launcher_module
 from gyrfalcon.cli import serve as serve_module
+from gyrfalcon.cli.foreign_options import Fate, ForeignOption, Given
 from gyrfalcon.cli.launcher import launcher, launcher_command, plan_launch, show_environment
-from gyrfalcon.cli.launcher_options import LAUNCHER_OPTIONS, Fate, Given, LauncherOption, find_given, unheeded_by_serve
+from gyrfalcon.cli.launcher_options import LAUNCHER_OPTIONS, find_given, unheeded_by_serve
 from gyrfalcon.config import OPTIONS, Settings
 from gyrfalcon.errors import SettingsError
 
@@ -115,7 +116,7 @@ def of_fate(fate: Fate) -> Any:
     return pytest.mark.parametrize("row", rows, ids=[row.option.label for row in rows])
 
 
-def example(row: LauncherOption) -> tuple[str, object]:
+def example(row: ForeignOption) -> tuple[str, object]:
     """The example's text as a variable has it, and its value."""
     text, value = {**EXAMPLES, **VARIABLES}[row.option.label]
     return ("true" if text is True else str(text)), value
@@ -170,7 +171,7 @@ def test_each_flag_has_its_variable_and_no_name_is_taken_twice() -> None:
 
 @pytest.mark.parametrize(("row", "flag"), EVERY_FLAG, ids=[flag for _, flag in EVERY_FLAG])
 def test_each_flag_is_accepted_on_the_command_line(
-    row: LauncherOption, flag: str, monkeypatch: pytest.MonkeyPatch
+    row: ForeignOption, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, value = EXAMPLES[row.option.flag]
     arguments = [flag] if text is True else [flag, str(text)]
@@ -199,7 +200,7 @@ def test_a_list_may_be_given_by_repeating_its_flag(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("row", "variable"), EVERY_VARIABLE, ids=[variable for _, variable in EVERY_VARIABLE])
-def test_each_variable_is_read(row: LauncherOption, variable: str) -> None:
+def test_each_variable_is_read(row: ForeignOption, variable: str) -> None:
     text, value = example(row)
     given = find_given({}, {variable: text})
     assert list(given) == [row.name]
@@ -207,14 +208,14 @@ def test_each_variable_is_read(row: LauncherOption, variable: str) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in READ if row.option.flags], ids=lambda row: row.option.label)
-def test_a_flag_wins_over_its_variable(row: LauncherOption) -> None:
+def test_a_flag_wins_over_its_variable(row: ForeignOption) -> None:
     text, value = example(row)
     given = find_given({row.name: text}, dict.fromkeys(row.option.variables, "nothing it may hold"))
     assert (given[row.name].value, given[row.name].is_flag) == (value, True)
 
 
 @pytest.mark.parametrize(("row", "source"), HONOURED, ids=[f"{row.name}-{source}" for row, source in HONOURED])
-def test_an_honoured_option_reaches_its_setting(row: LauncherOption, source: str) -> None:
+def test_an_honoured_option_reaches_its_setting(row: ForeignOption, source: str) -> None:
     text, _ = example(row)
     setting = next(option for option in OPTIONS if option.name == row.field)
     flags: dict[str, object] = {row.name: text} if source == "flag" else {}
@@ -231,7 +232,7 @@ def test_the_models_variable_reaches_its_setting() -> None:
 
 
 @of_fate(Fate.NO_EFFECT)
-def test_an_option_without_effect_makes_one_line_and_changes_nothing(row: LauncherOption) -> None:
+def test_an_option_without_effect_makes_one_line_and_changes_nothing(row: ForeignOption) -> None:
     text, _ = example(row)
     variable = row.option.variables[-1]
     plan = plan_launch({}, MODEL | {variable: text})
@@ -244,7 +245,7 @@ def test_an_option_without_effect_makes_one_line_and_changes_nothing(row: Launch
 
 
 @pytest.mark.parametrize("row", [row for row in READ if row.quiet and row.fate is not Fate.HONOURED])
-def test_a_value_that_asks_for_nothing_passes_without_a_line(row: LauncherOption) -> None:
+def test_a_value_that_asks_for_nothing_passes_without_a_line(row: ForeignOption) -> None:
     for value in row.quiet:
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
         plan = plan_launch({}, MODEL | {row.option.variables[-1]: text})
@@ -252,7 +253,7 @@ def test_a_value_that_asks_for_nothing_passes_without_a_line(row: LauncherOption
 
 
 @of_fate(Fate.REFUSED)
-def test_a_refused_option_ends_with_one_line_that_names_flag_value_and_remedy(row: LauncherOption) -> None:
+def test_a_refused_option_ends_with_one_line_that_names_flag_value_and_remedy(row: ForeignOption) -> None:
     text, _ = example(row)
     for flags, environ, origin in (
         ({row.name: text}, {}, "flag"),
@@ -265,6 +266,17 @@ def test_a_refused_option_ends_with_one_line_that_names_flag_value_and_remedy(ro
         assert message == f"{row.option.flag}: `{text}` ({origin}) is refused: {row.reason}; {row.remedy}"
         assert row.remedy
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("variable", ["TRUST_REMOTE_CODE", "HF_MODEL_TRUST_REMOTE_CODE"])
+def test_the_permission_to_run_a_models_code_is_accepted_and_not_used(variable: str, tmp_path: Path) -> None:
+    asked = plan_launch({"trust_remote_code": True}, MODEL | {variable: "true"})
+    assert asked.settings == plan_launch({}, MODEL).settings
+    (line,) = asked.lines
+    assert line.startswith("--trust-remote-code: `true` (flag) has no effect and can be left out: code from a model's")
+    (tmp_path / "gyrfalcon.toml").write_text("trust_remote_code = true\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="^--trust-remote-code: refused"):
+        plan_launch({}, MODEL)
 
 
 def test_without_arguments_the_launchers_defaults_hold() -> None:
@@ -458,8 +470,8 @@ def test_serve_is_silent_about_variables_that_ask_for_nothing() -> None:
 
 
 def test_the_page_has_the_tables_of_the_code() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert page == with_tables(page), "run python tools/launcher_page.py"
+    page = LAUNCHER_PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(LAUNCHER_PAGE), "run python tools/launcher_page.py"
     for row in LAUNCHER_OPTIONS:
         for name in (*row.option.flags, *row.option.variables):
             assert f"`{name}`" in page
