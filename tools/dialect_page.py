@@ -85,13 +85,26 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _variant(schema: dict[str, Any]) -> str:
+    if "const" in schema:
+        return _json(schema["const"])
+    if "anyOf" in schema:
+        return _type(schema)
     kind = schema.get("type", "anything")
+    if "prefixItems" in schema:
+        return f"[{', '.join(map(_variant, schema['prefixItems']))}]"
     if kind == "array":
-        return f"array of {schema['items']['type']}s"
+        return f"array of {_plural(schema['items'])}"
     if "minimum" in schema:
         low, high = (WIDTHS.get(schema[end], str(schema[end])) for end in ("minimum", "maximum"))
         return f"{kind}, {low} to {high},"
     return str(kind)
+
+
+def _plural(schema: dict[str, Any]) -> str:
+    """Several of what the schema describes."""
+    if "prefixItems" in schema:
+        return _variant(schema)
+    return f"arrays of {_plural(schema['items'])}" if schema["type"] == "array" else f"{schema['type']}s"
 
 
 def _json(value: object) -> str:

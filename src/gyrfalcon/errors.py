@@ -44,16 +44,17 @@ class InvalidRequest(RequestError):
 class PromptTooLong(InvalidRequest):
     """The prompt, or the prompt and the new tokens together, exceed what fits.
 
-    num_tokens: tokens of the prompt. max_new_tokens: new tokens counted in the check, None when the
-    prompt alone is too long. limit: the most tokens allowed for what was counted.
+    length: of the prompt, in the words of a message ("8210 tokens"; "35000 characters" where counting tokens is not
+    worth it). limit: the most tokens allowed for what was counted. max_new_tokens: new tokens counted in the check,
+    None when the prompt alone is too long.
     """
 
-    def __init__(self, num_tokens: int, limit: int, max_new_tokens: int | None = None) -> None:
-        counted = f"prompt has {num_tokens} tokens"
+    def __init__(self, length: str, limit: int, max_new_tokens: int | None = None) -> None:
+        counted = f"`prompt` has {length}"
         if max_new_tokens is not None:
             counted += f" and {max_new_tokens} new tokens are asked for"
-        super().__init__("prompt", f"{counted}; at most {limit} fit")
-        self.num_tokens = num_tokens
+        super().__init__("prompt", f"{counted}; at most {limit} tokens fit")
+        self.length = length
         self.max_new_tokens = max_new_tokens
         self.limit = limit
 

@@ -246,6 +246,7 @@ def test_declining_repository_code_is_accepted() -> None:
     [
         ({"max_input_tokens": 100, "max_total_tokens": 100}, "--max-input-tokens: 100 must be below"),
         ({"max_total_tokens": 200, "max_batch_total_tokens": 100}, "--max-total-tokens: 200 exceeds"),
+        ({"chat_template": "{}", "tokenizer_config_path": Path("t.json")}, "--chat-template: replaces the chat templ"),
         ({"kv_cache_memory": 10**9, "kv_cache_fraction": 0.5}, "--kv-cache-memory: sizes the KV cache"),
         ({"max_batch_total_tokens": 4096, "kv_cache_memory": 10**9}, "--max-batch-total-tokens: sizes the KV cache"),
     ],
@@ -253,6 +254,24 @@ def test_declining_repository_code_is_accepted() -> None:
 def test_settings_that_contradict_each_other_are_refused(values: dict[str, object], part: str) -> None:
     with pytest.raises(SettingsError, match=part):
         Settings(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("~/own.jinja", Path.home() / "own.jinja"),
+        ("{{ messages }}", "{{ messages }}"),
+        ("one\ntwo", "one\ntwo"),
+        (" own.jinja ", Path("own.jinja")),
+    ],
+)
+def test_a_chat_template_is_told_from_a_file_by_braces_and_line_breaks(text: str, value: object) -> None:
+    assert resolve({"chat_template": text}, {}).chat_template == value
+
+
+def test_an_empty_chat_template_is_refused() -> None:
+    with pytest.raises(SettingsError, match="^--chat-template: ` ` .flag. is not a chat template or the path of one"):
+        resolve({"chat_template": " "}, {})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from gyrfalcon.errors import ModelLoadError, SettingsError
 from gyrfalcon.hub import UNWANTED_FILES, WANTED_FILES, describe_source, locate_checkpoint
@@ -90,6 +90,18 @@ def test_a_commit_that_is_in_the_cache_is_found(tmp_path: Path) -> None:
 def test_offline_and_not_in_the_cache_says_so(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"`owner/name` .*offline mode is on \(HF_HUB_OFFLINE\)"):
         locate_checkpoint("owner/name", cache_dir=tmp_path)
+
+
+def test_where_nothing_may_be_downloaded_the_cache_is_taken_or_the_reason_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    snapshot = write_cache(tmp_path, "owner/name")
+    assert locate_checkpoint("owner/name", cache_dir=tmp_path, offline=True).folder == snapshot
+    with pytest.raises(
+        ModelLoadError, match=r"`owner/other` .* nothing may be downloaded \(--offline, .*cache does not"
+    ):
+        locate_checkpoint("owner/other", cache_dir=tmp_path, offline=True)
 
 
 def test_only_pickled_weights_are_refused(tmp_path: Path) -> None:

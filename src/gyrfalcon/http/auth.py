@@ -71,7 +71,8 @@ class ApiKeyMiddleware:
         self._metrics.request_rejected("unauthorized")
         message = MISSING if key is None else WRONG
         is_kaito = routed_path(scope) in self._kaito_paths
-        body = {"detail": message} if is_kaito else {"error": message, "error_type": "unauthorized"}
+        # Without an error_type: the hub's client would take an unknown one for the whole story and hide the status.
+        body = {"detail" if is_kaito else "error": message}
         await json_response(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:

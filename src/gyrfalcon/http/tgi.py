@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from gyrfalcon import errors
 from gyrfalcon.http.openapi import json_body
+from gyrfalcon.http.search_parameters import search_arguments
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.tgi_render import (
     STOPPED_EVENT,
@@ -224,7 +225,7 @@ class TgiDialect:
         settings = self._settings
         prompt = body.inputs if returns_prompt else ""
         try:
-            call = self.call(body, request)
+            call = self.call(body, request, is_stream=True)
         except errors.RequestError as error:
             return EventStream(_only(sse(render_error(error)[1])))
         return EventStream(
@@ -236,11 +237,13 @@ class TgiDialect:
             on_abort=self._metrics.request_aborted,
         )
 
-    def call(self, body: GenerateRequest, request: Request) -> GenerateCall:
-        """The body as a call. Raises NotSupported, which counts as the service's own refusals do."""
+    def call(self, body: GenerateRequest, request: Request, *, is_stream: bool = False) -> GenerateCall:
+        """The body as a call. Raises InvalidRequest, which counts as the service's own refusals do."""
         try:
+            if is_stream:
+                _check_one_sequence(body)
             return to_call(body, request)
-        except errors.NotSupported:
+        except errors.InvalidRequest:
             self._metrics.request_begins()
             self._metrics.request_failed("validation")
             raise
@@ -312,6 +315,7 @@ def to_call(body: GenerateRequest, request: Request) -> GenerateCall:
         do_sample=parameters.do_sample or None,
         frequency_penalty=parameters.frequency_penalty,
         max_new_tokens=parameters.max_new_tokens,
+        min_length=parameters.min_length,
         min_new_tokens=parameters.min_new_tokens,
         prompt_logprobs=parameters.decoder_input_details,
         repetition_penalty=parameters.repetition_penalty,
@@ -324,7 +328,17 @@ def to_call(body: GenerateRequest, request: Request) -> GenerateCall:
         truncate=parameters.truncate,
         typical_p=parameters.typical_p,
         watermark=parameters.watermark,
+        **search_arguments(parameters),
     )
+
+
+def _check_one_sequence(body: GenerateRequest) -> None:
+    """A stream's events do not tell several sequences apart."""
+    sequences = body.parameters.num_return_sequences
+    if sequences is not None and sequences > 1:
+        raise errors.InvalidRequest(
+            "num_return_sequences", f"`num_return_sequences` > 1 is not allowed when streaming. Given: {sequences}"
+        )
 
 
 def to_conversation(body: ChatTokenizeRequest) -> ChatPrompt:

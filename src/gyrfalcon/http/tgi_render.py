@@ -52,7 +52,7 @@ def render_completion(completion: Completion, body: GenerateRequest, returns_pro
     if body.parameters.details or body.parameters.decoder_input_details:
         prefill = [_prefill_token(token) for token in completion.prompt or ()]
         details = _sequence(best, prefill)
-        if (body.parameters.best_of or 1) > 1:
+        if others or (body.parameters.best_of or 1) > 1:
             details["best_of_sequences"] = [
                 {"generated_text": prompt + choice.text, **_sequence(choice, prefill)} for choice in others
             ]
@@ -158,13 +158,18 @@ def _in_wire_names(error: errors.InvalidRequest) -> str:
     if isinstance(error, errors.PromptTooLong):
         # Clients search for the beginnings of these two sentences.
         if error.max_new_tokens is None:
-            return f"`inputs` must have less than {error.limit} tokens. Given: {error.num_tokens}"
+            return f"`inputs` must have less than {error.limit} tokens. Given: {error.length.removesuffix(' tokens')}"
         return (
             f"`inputs` tokens + `max_new_tokens` must be <= {error.limit}. "
-            f"Given: {error.num_tokens} `inputs` tokens and {error.max_new_tokens} `max_new_tokens`"
+            f"Given: {_in_inputs(error.length)} and {error.max_new_tokens} `max_new_tokens`"
         )
     name = WIRE_NAMES.get(error.parameter, error.parameter)
     return str(error).replace(f"`{error.parameter}`", f"`{name}`")
+
+
+def _in_inputs(length: str) -> str:
+    number, unit = length.split(" ", 1)
+    return f"{number} `inputs` {unit}"
 
 
 def _event(delta: Delta, prompt: str, has_details: bool) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from gyrfalcon.http.search_parameters import Integer, SearchParameters
+
 EXAMPLE = {
     "inputs": "My name is Olivier and I",
     "parameters": {"max_new_tokens": 20, "temperature": 0.5, "top_p": 0.95, "details": True, "stop": ["photographer"]},
@@ -25,8 +27,8 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-class GenerateParameters(Body):
-    """How to generate. Every member may be left out."""
+class TgiParameters(Body):
+    """What the dialect has always had."""
 
     best_of: UInt64 | None = Field(
         None,
@@ -42,7 +44,8 @@ class GenerateParameters(Body):
     details: bool = Field(False, description="Return the generated tokens and how generation ended.")
     do_sample: bool = Field(
         False,
-        description="Sample. Also implied by `temperature` other than 1, `top_k`, `top_p` or `typical_p` below 1.",
+        description="Sample. Also implied by `temperature` other than 1, `top_k`, `top_p` or `typical_p` below 1, and "
+        "by `min_p` or a cut-off above 0.",
     )
     frequency_penalty: float | None = Field(
         None, description="-2 to 2; subtracted from a token's logit in proportion to its share of the tokens so far."
@@ -79,6 +82,19 @@ class GenerateParameters(Body):
     watermark: bool = Field(False, description="Mark the text statistically (arXiv 2301.10226).")
     grammar: Any = Field(None, description="Not supported by this version: refused unless null.")
     adapter_id: str | None = Field(None, description="Not supported by this version: refused unless null.")
+
+
+class GenerateParameters(SearchParameters, TgiParameters):
+    """How to generate. Every member may be left out. Those from `num_beams` on are extensions of ours."""
+
+    num_return_sequences: Integer | None = Field(
+        None,
+        description="Generate this many sequences: independent samples, or the best of the beams. The first is the "
+        "answer, the others are in `details.best_of_sequences`. Not with a stream.",
+    )
+    min_length: UInt32 | None = Field(
+        None, description="At least this many tokens of prompt and new text together; `min_new_tokens` wins over it."
+    )
 
 
 class GenerateRequest(Body):

@@ -255,9 +255,11 @@ def fit(valid: ValidCall, prompt_ids: Sequence[int], num_prefix_tokens: int, lim
     if asked is not None:
         reserved = min(asked, MAX_RESERVED_NEW_TOKENS)
         if reserved > room:
-            raise PromptTooLong(n, limits.max_total_tokens, max_new_tokens=reserved)
+            raise PromptTooLong(f"{n} tokens", limits.max_total_tokens, max_new_tokens=reserved)
+    elif room < 1:
+        raise PromptTooLong(f"{n} tokens", limits.max_total_tokens, max_new_tokens=1)
     if n > limits.max_input_tokens:
-        raise PromptTooLong(n, limits.max_input_tokens)
+        raise PromptTooLong(f"{n} tokens", limits.max_input_tokens)
     if asked is None:
         asked = limits.default_max_new_tokens
     # Filling the context takes what there is; of a number asked for, one slice must be there.
@@ -404,8 +406,5 @@ def _check_prompt(call: GenerateCall, limits: Limits) -> None:
         check_encodable("prefix", call.prefix)
         num_chars += len(call.prefix)
     if num_chars > limits.max_prompt_chars:
-        raise InvalidRequest(
-            "prompt",
-            f"`prompt` has {num_chars} characters; {limits.max_total_tokens} tokens of context never hold more "
-            f"than {limits.max_prompt_chars}",
-        )
+        new_tokens = min(call.max_new_tokens or 1, MAX_RESERVED_NEW_TOKENS)
+        raise PromptTooLong(f"{num_chars} characters", limits.max_total_tokens, max_new_tokens=new_tokens)

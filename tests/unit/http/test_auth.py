@@ -70,7 +70,7 @@ def test_each_key_opens(guarded: TestClient, key: str, scheme: str) -> None:
 def test_anything_else_does_not(guarded: TestClient, header: str) -> None:
     answer = guarded.post("/generate", json={"inputs": "x"}, headers={"Authorization": header})
     assert answer.status_code == 401
-    assert answer.json()["error_type"] == "unauthorized"
+    assert answer.json().keys() == {"error"}
     assert answer.headers["www-authenticate"] == "Bearer"
     assert "first-key" not in answer.text
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from gyrfalcon.engine.interface import EngineState
-from gyrfalcon.http.kaito import NEUTRAL_VALUES, clean_up_spaces
+from gyrfalcon.engine.interface import BeamParams, EarlyStopping, EngineState
+from gyrfalcon.http.kaito_render import clean_up_spaces
 from gyrfalcon.service.tokenizer import load_tokenizer
 from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.text import EOS_ID
@@ -15,6 +15,60 @@ from gyrfalcon.testing.text import EOS_ID
 from .conftest import MakeClient
 
 PROMPT = "the people"
+DOCUMENTED_DEFAULTS = {
+    "max_length": 200,
+    "min_length": 0,
+    "do_sample": True,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 10,
+    "top_p": 1,
+    "typical_p": 1,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "pad_token_id": None,
+    "eos_token_id": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": None,
+}
+RULES: dict[str, Any] = {
+    "repetition_penalty": 1.5,
+    "frequency_penalty": 0.5,
+    "encoder_repetition_penalty": 2,
+    "no_repeat_ngram_size": 3,
+    "encoder_no_repeat_ngram_size": 2,
+    "bad_words_ids": [[5], [6, 7], []],
+    "sequence_bias": [[[5, 6], -2.5], [[7], 3]],
+    "suppress_tokens": [8, 9],
+    "begin_suppress_tokens": [10],
+    "forced_bos_token_id": 11,
+    "forced_eos_token_id": 12,
+    "exponential_decay_length_penalty": [3, 1.25],
+    "remove_invalid_values": True,
+    "renormalize_logits": True,
+    "min_p": 0.25,
+    "epsilon_cutoff": 0.125,
+    "eta_cutoff": 0.0625,
+}
+RULES_AS_TOLD = RULES | {
+    "bad_words_ids": ((5,), (6, 7)),
+    "sequence_bias": (((5, 6), -2.5), ((7,), 3.0)),
+    "suppress_tokens": (8, 9),
+    "begin_suppress_tokens": (10,),
+    "forced_eos_token_ids": (12,),
+    "exponential_decay_length_penalty": (3, 1.25),
+}
+del RULES_AS_TOLD["forced_eos_token_id"]
 
 
 class Bench:
@@ -169,19 +223,70 @@ class TestParameters:
     def test_unknown_members_of_the_request_are_ignored(self, bench: Bench) -> None:
         bench.result(unknown=1)
 
-    @pytest.mark.parametrize("name", NEUTRAL_VALUES)
-    def test_what_is_not_honoured_yet_is_accepted_only_as_neutral(self, bench: Bench, name: str) -> None:
-        for neutral in NEUTRAL_VALUES[name]:
-            bench.result(generate_kwargs={name: neutral})
-        other: object = {"bad_words_ids": [[1]], "forced_bos_token_id": 1, "forced_eos_token_id": 1}.get(name, 2)
-        if isinstance(NEUTRAL_VALUES[name][-1], bool):
-            other = True
-        detail = bench.refusal(generate_kwargs={name: other})
-        assert f"`generate_kwargs.{name}`" in detail
+    def test_all_the_documented_defaults_ask_for_nothing_but_sampling(self, bench: Bench) -> None:
+        bench.result(generate_kwargs=DOCUMENTED_DEFAULTS)
+        bench.result()
+        first, second = bench.engine.requests
+        assert first.beams is None
+        for name in first.sampling.__struct_fields__:
+            if name != "seed":
+                assert getattr(first.sampling, name) == getattr(second.sampling, name)
+
+    def test_every_other_parameter_reaches_the_engine(self, bench: Bench) -> None:
+        bench.result(generate_kwargs={"do_sample": True, **RULES})
+        sampling = bench.engine.requests[0].sampling
+        for name, value in RULES_AS_TOLD.items():
+            assert getattr(sampling, name) == value
+
+    def test_beams_reach_the_engine(self, bench: Bench) -> None:
+        bench.result(
+            generate_kwargs={
+                "do_sample": False,
+                "num_beams": 6,
+                "num_beam_groups": 3,
+                "diversity_penalty": 0.5,
+                "length_penalty": -1,
+                "early_stopping": "never",
+                "num_return_sequences": 2,
+                "pad_token_id": 9,
+            }
+        )
+        (request,) = bench.engine.requests
+        assert request.num_choices == 2
+        assert request.beams == BeamParams(
+            num_beams=6,
+            num_beam_groups=3,
+            diversity_penalty=0.5,
+            length_penalty=-1.0,
+            early_stopping=EarlyStopping.NEVER,
+            padding_id=9,
+        )
+
+    def test_a_beam_search_may_sample(self, bench: Bench) -> None:
+        bench.result(generate_kwargs={"num_beams": 2, "seed": 5, "temperature": 0.5})
+        (request,) = bench.engine.requests
+        assert request.beams == BeamParams(num_beams=2)
+        assert (request.sampling.do_sample, request.sampling.seed, request.sampling.temperature) == (True, 5, 0.5)
+
+    def test_members_of_beams_are_without_effect_with_one(self, bench: Bench) -> None:
+        bench.result(generate_kwargs={"num_beam_groups": 3, "diversity_penalty": 1, "early_stopping": True})
+        assert bench.engine.requests[0].beams is None
 
     def test_unknown_members_of_generate_kwargs_are_refused_by_name_unless_null(self, bench: Bench) -> None:
-        assert "suppress_tokens" in bench.refusal(generate_kwargs={"suppress_tokens": [1]})
-        bench.result(generate_kwargs={"suppress_tokens": None})
+        assert "no_such_member" in bench.refusal(generate_kwargs={"no_such_member": [1]})
+        assert "`temperature`" in bench.refusal(generate_kwargs={"temprature": 0.5})
+        bench.result(generate_kwargs={"no_such_member": None})
+
+    def test_a_flat_body_is_read_where_generate_kwargs_is_absent(self, bench: Bench) -> None:
+        bench.result(num_beams=2, do_sample=False, max_length=30, generate_kwargs=None)
+        bench.result(num_beams=2, do_sample=False, max_length=30)
+        bench.result(num_beams=2, do_sample=False, generate_kwargs={"max_length": 30})
+        first, second, third = bench.engine.requests
+        for request in (first, second):
+            assert request.beams == BeamParams(num_beams=2)
+            assert len(request.prompt_ids) + request.max_new_tokens == 30
+        assert third.beams is None
+        assert "max_length" in str(bench.refusal(max_length=-1))
 
 
 class TestConversation:
@@ -223,9 +328,33 @@ class TestErrors:
             ({"repetition_penalty": 0}, "repetition_penalty"),
             ({"num_return_sequences": 0}, "num_return_sequences"),
             ({"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
-            ({"early_stopping": "never"}, "early_stopping"),
+            ({"num_return_sequences": None}, "num_return_sequences"),
+            ({"early_stopping": "later"}, "early_stopping"),
+            ({"early_stopping": 2}, "early_stopping"),
+            ({"num_beams": 0}, "num_beams"),
+            ({"num_beams": 10**30}, "num_beams"),
+            ({"num_beams": None}, "num_beams"),
+            ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences"),
+            ({"num_beams": 4, "num_beam_groups": 3, "do_sample": False, "diversity_penalty": 1}, "num_beam_groups"),
+            ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1}, "num_beam_groups"),
+            ({"num_beams": 4, "num_beam_groups": 2, "do_sample": False}, "diversity_penalty"),
+            ({"num_beams": 4, "diversity_penalty": 1, "do_sample": False}, "diversity_penalty"),
+            ({"length_penalty": "inf"}, "length_penalty"),
+            ({"bad_words_ids": []}, "bad_words_ids"),
+            ({"bad_words_ids": [5]}, "bad_words_ids"),
+            ({"bad_words_ids": [[-1]]}, "bad_words_ids"),
+            ({"bad_words_ids": [[512]]}, "bad_words_ids"),
+            ({"sequence_bias": [[1, 2]]}, "sequence_bias"),
+            ({"sequence_bias": [[[1], "nan"]]}, "sequence_bias"),
+            ({"suppress_tokens": [512]}, "suppress_tokens"),
+            ({"forced_eos_token_id": 512}, "forced_eos_token_id"),
+            ({"forced_bos_token_id": -1}, "forced_bos_token_id"),
+            ({"exponential_decay_length_penalty": [1]}, "exponential_decay_length_penalty"),
+            ({"exponential_decay_length_penalty": 1}, "exponential_decay_length_penalty"),
+            ({"min_p": 1.5}, "min_p"),
+            ({"pad_token_id": 512}, "pad_token_id"),
             ({"eos_token_id": [1, 2]}, "eos_token_id"),
-            ({"eos_token_id": 100_000}, "100000"),
+            ({"eos_token_id": 100_000}, "`eos_token_id` holds token id 100000"),
         ],
     )
     def test_a_broken_rule_is_a_detail_that_names_it(self, bench: Bench, kwargs: dict[str, Any], named: str) -> None:

@@ -398,8 +398,12 @@ class TestErrors:
         )
 
     def test_too_long_a_prompt(self, client: TestClient) -> None:
-        answer = client.post("/generate", json={"inputs": " the" * 256})
-        assert "`inputs` must have less than 255 tokens. Given: 256" in answer.json()["error"]
+        for inputs, said in ((" the" * 256, "256 `inputs` tokens"), ("x" * 5000, "5000 `inputs` characters")):
+            answer = client.post("/generate", json={"inputs": inputs})
+            assert answer.status_code == 422
+            # The beginning is what clients look for.
+            wanted = f"`inputs` tokens + `max_new_tokens` must be <= 256. Given: {said} and 1 `max_new_tokens`"
+            assert wanted in answer.json()["error"]
 
     @pytest.mark.parametrize(
         ("error", "status", "kind"),

@@ -225,7 +225,7 @@ class TestParsing:
         begin = time.perf_counter()
         with contextlib.suppress(MalformedBody):
             parse_json(body, LIMITS)
-        assert time.perf_counter() - begin < 5  # quadratic work would take minutes
+        assert time.perf_counter() - begin < 20  # quadratic work would take minutes
 
 
 class TestWriting:

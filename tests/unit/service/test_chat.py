@@ -102,7 +102,7 @@ def test_a_template_with_a_syntax_error_fails_at_load() -> None:
 
 
 class TestLoading:
-    def load(self, folder: Path, tokenizer: TextTokenizer, override: Path | None = None) -> str | None:
+    def load(self, folder: Path, tokenizer: TextTokenizer, override: Path | str | None = None) -> str | None:
         template = load_chat_template(folder, tokenizer, override)
         return None if template is None else template.render([USER])
 
@@ -130,6 +130,10 @@ class TestLoading:
         (tmp_path / "chat_template.jinja").write_text("jinja")
         (tmp_path / name).write_text(text)
         assert self.load(tmp_path, tokenizer, tmp_path / name) == "own"
+
+    def test_a_given_text_replaces_them(self, tmp_path: Path, tokenizer: TextTokenizer) -> None:
+        (tmp_path / "chat_template.jinja").write_text("jinja")
+        assert self.load(tmp_path, tokenizer, "own {{ messages | length }}") == "own 1"
 
     @pytest.mark.parametrize(("name", "text"), [("own.json", "{}"), ("own.json", '{"chat_template": 3}')])
     def test_a_given_file_without_one_is_an_error(

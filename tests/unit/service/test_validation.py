@@ -242,7 +242,7 @@ class TestLengths:
         assert fitted(60, max_new_tokens=40).max_new_tokens == 40
         with pytest.raises(PromptTooLong) as refused:
             fitted(60, max_new_tokens=41)
-        assert (refused.value.num_tokens, refused.value.max_new_tokens, refused.value.limit) == (60, 41, 100)
+        assert (refused.value.length, refused.value.max_new_tokens, refused.value.limit) == ("60 tokens", 41, 100)
 
     def test_far_more_than_fits_is_admitted_where_1024_fit_and_ends_with_the_context(self) -> None:
         limits = Limits(max_total_tokens=2000, max_input_tokens=1999)
@@ -256,6 +256,11 @@ class TestLengths:
         with pytest.raises(PromptTooLong) as refused:
             fitted(81, max_new_tokens=1)
         assert (refused.value.limit, refused.value.max_new_tokens) == (80, None)
+
+    def test_a_prompt_that_fills_the_context_is_told_the_total_also_without_max_new_tokens(self) -> None:
+        with pytest.raises(PromptTooLong) as refused:
+            fitted(100)
+        assert (refused.value.limit, refused.value.max_new_tokens) == (100, 1)
 
     def test_max_length_counts_the_prompt_but_not_its_prefix(self) -> None:
         assert fitted(10, max_length=30).max_new_tokens == 20
