@@ -14,7 +14,7 @@ TEMPLATE = "{% for message in messages %}Say {{ message.content }}\n{% endfor %}
 MANIFEST = (
     "inference_api.py",
     "--pipeline=conversational",
-    "--torch-dtype=float32",
+    "--torch-dtype=bfloat16",
     "--trust_remote_code",
     "--device_map=cpu",
     f"--pretrained_model_name_or_path={bundled_folder()}",
@@ -54,7 +54,7 @@ def test_the_probes_of_every_release_answer_and_the_model_is_named_by_its_path(s
     for path in ("/health", "/healthz"):
         assert server.request("GET", path).status == 200
     info = server.request("GET", "/info").json()
-    assert (info["model_id"], info["model_dtype"]) == (str(bundled_folder()), "float32")
+    assert (info["model_id"], info["model_dtype"]) == (str(bundled_folder()), "bfloat16")
 
 
 def test_the_log_says_what_had_no_effect(server: ServerProcess) -> None:
