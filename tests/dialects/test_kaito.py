@@ -89,7 +89,7 @@ DETERMINISTIC: dict[str, dict[str, Any]] = {
     "max_length": {"max_new_tokens": None, "max_length": 30},
     "min_length": {"min_length": 16, "eos_token_id": 265},
     "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": 265},
-    "repetition_penalty": {"repetition_penalty": 1.7},
+    "repetition_penalty": {"repetition_penalty": 30.0},
     "encoder_repetition_penalty": {"encoder_repetition_penalty": 0.4},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
     "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},

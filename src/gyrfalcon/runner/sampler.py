@@ -135,7 +135,8 @@ def _blocks(samples_G: Indices, scores_SV: Tensor) -> Iterator[Indices]:
 
 def _as_they_are(scores_SV: Tensor, samples_G: Indices) -> WarpedGroup:
     ids_V = torch.arange(scores_SV.shape[1], device=scores_SV.device)
-    scores_GV = scores_SV[torch.from_numpy(samples_G).to(scores_SV.device)]
+    is_all = len(samples_G) == len(scores_SV)
+    scores_GV = scores_SV if is_all else scores_SV[torch.from_numpy(samples_G).to(scores_SV.device)]
     return WarpedGroup(samples_G, ids_V.expand(len(samples_G), -1), scores_GV)
 
 

@@ -89,7 +89,7 @@ def with_rules(sampling: SamplingParams, call: GenerateCall, *, max_total_tokens
     encoder_penalty = 1.0
     if call.encoder_repetition_penalty is not None:
         encoder_penalty = check_positive("encoder_repetition_penalty", call.encoder_repetition_penalty)
-        if not float(np.float32(1.0 / encoder_penalty)) < float("inf"):  # which is multiplied by
+        if not _as_single(1.0 / encoder_penalty) < float("inf"):  # which is multiplied by
             raise InvalidRequest(
                 "encoder_repetition_penalty",
                 "`encoder_repetition_penalty` must have an inverse that is finite in single precision. "
@@ -138,13 +138,17 @@ def check_ids_within(parameter: str, ids: Sequence[int], width: int) -> None:
 
 def check_positive(name: str, value: float) -> float:
     """The value, which must be a positive number also as the float32 it is computed with."""
-    with np.errstate(over="ignore", under="ignore"):
-        single = float(np.float32(value))
     if not value > 0.0:
         raise InvalidRequest(name, f"`{name}` must be strictly positive. Given: {value}")
-    if not 0.0 < single < float("inf"):
+    if not 0.0 < _as_single(value) < float("inf"):
         raise InvalidRequest(name, f"`{name}` must be strictly positive and finite in single precision. Given: {value}")
     return value
+
+
+def _as_single(value: float) -> float:
+    """The value in single precision, infinite or 0 where it is too large or too small for it."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(value))
 
 
 def _diversity_penalty(call: GenerateCall, num_beams: int, groups: int, *, does_sample: bool) -> float:
@@ -218,7 +222,7 @@ def _share(call: GenerateCall, name: str, value: float | None, *, may_be_one: bo
     """A share of probability; not judged where an explicit greedy choice leaves it without effect."""
     if value is None or call.do_sample is False:
         return 0.0
-    if not (0.0 <= value <= 1.0 and (may_be_one or float(np.float32(value)) < 1.0)):
+    if not (0.0 <= value <= 1.0 and (may_be_one or _as_single(value) < 1.0)):
         raise InvalidRequest(name, f"`{name}` must be >= 0.0 and {'<=' if may_be_one else '<'} 1.0. Given: {value}")
     return value
 

@@ -104,6 +104,13 @@ def test_invalid_values_are_removed_where_asked_and_before_suppression() -> None
     assert processed[1, 0].isnan()
 
 
+def test_the_end_is_hastened_from_what_is_left_of_invalid_values() -> None:
+    logits = torch.tensor([[-torch.inf, torch.nan, 1.0, -2.0]])
+    made = columns(1, remove_invalid=True, decaying=[[0, 1, 3]], decay=0.5)
+    lowest = torch.finfo(torch.float32).min
+    assert process_logits(logits, made, NO_LAST[:1]).tolist() == [[lowest / 2, 0.0, 1.0, -1.0]]
+
+
 def test_everything_banned_is_reported_or_with_invalid_values_removed_a_draw_among_equals() -> None:
     made = columns(2, banned=[list(range(WIDTH))] * 2, remove_invalid=[False, True], seeds=[1, 2], temperature=0.5)
     chosen = choose(process_logits(random_logits()[:2].clone(), made, NO_LAST[:2]), made)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
 
 from gyrfalcon.engine.interface import WatermarkParams
 from gyrfalcon.errors import InvalidRequest, UnknownModel
@@ -24,7 +25,7 @@ from gyrfalcon.service.validation import check, resolve_limits
 from gyrfalcon.service.watermark import MAX_CHARS, MAX_IDS, MAX_KEYS, corrected, detect, p_value, z_score
 from gyrfalcon.splitmix import are_green
 from gyrfalcon.testing.engine import FakeEngine
-from gyrfalcon.testing.text import text_service, write_tokenizer
+from gyrfalcon.testing.text import EOS_ID, EOS_TOKEN, text_service, write_tokenizer
 
 NUM_IDS = 4000
 KEY = 424242
@@ -136,6 +137,39 @@ def test_a_prompt_gives_the_first_token_a_context(find: Any, tokenizer: TextToke
     assert (without.num_scored, given.num_scored) == (28, 29)
     assert (without.keys[0].green[0], given.keys[0].green[0]) == (None, True)
     assert find("the people", prompt="My name").num_scored == len(tokenizer.encode("the people"))
+
+
+def test_the_context_is_the_prompt_s_last_token(find: Any) -> None:
+    before, text = 5, random_ids(20, seed=10)
+    after = {
+        flag: next(id_ for id_ in range(NUM_IDS) if are_green(KEY, 0.5, np.array([id_]), np.array(text[:1]))[0] == flag)
+        for flag in (True, False)
+    }
+    for flag, last in after.items():
+        assert find(text, prompt=TokenPrompt((after[not flag], before, last))).keys[0].green[0] is flag
+
+
+def test_a_prompt_has_the_special_tokens_of_generation_and_a_text_has_none(
+    tmp_path: Path, tokenizer: TextTokenizer
+) -> None:
+    folder = write_tokenizer(tmp_path)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    marks = [(EOS_TOKEN, EOS_ID)]
+    backend.post_processor = processors.TemplateProcessing(single=f"$A {EOS_TOKEN}", special_tokens=marks)
+    backend.save(str(folder / "tokenizer.json"))
+    ids, last = tokenizer.encode("the people"), tokenizer.encode("My name")[-1]
+    # A key under which it matters which of the two tokens comes before the text.
+    key = next(key for key in range(99) if np.diff(are_green(key, 0.5, np.array([EOS_ID, last]), np.array(ids[:1])))[0])
+    found = detect(
+        DetectCall(text="the people", prompt="My name"),
+        model="tiny",
+        tokenizer=load_tokenizer(folder),
+        num_ids=NUM_IDS,
+        settings=WatermarkParams(key=key),
+    )
+    assert [token.id for token in found.tokens] == ids
+    colours = are_green(key, 0.5, np.array([EOS_ID, *ids[:-1]]), np.array(ids))
+    assert found.keys[0].green == tuple(colours.tolist())
 
 
 def test_text_is_scored_as_the_tokenizer_s_ids_without_special_tokens(find: Any, tokenizer: TextTokenizer) -> None:
