@@ -129,6 +129,6 @@ def _sequence(choice: Choice, text: str, *, with_scores: bool) -> dict[str, Any]
         details["sequence"] = [token.id for token in choice.tokens]
         # As single precision, whose shortest form is what they are worth.
         details["scores"] = [np.float32(token.logprob) for token in choice.tokens]
-        details["sequences_scores"] = choice.score
+        details["sequences_scores"] = None if choice.score is None else np.float32(choice.score)
         details["beam_indices"] = None if choice.beam_indices is None else list(choice.beam_indices)
     return details

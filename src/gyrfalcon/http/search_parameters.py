@@ -25,6 +25,12 @@ def _no_boolean(value: object) -> object:
     return value
 
 
+def _no_booleans(value: object) -> object:
+    if isinstance(value, list) and bool in set(map(type, value)):
+        raise ValueError("numbers are expected, not a boolean")
+    return value
+
+
 def _listed(value: object) -> object:
     return value if value is None or isinstance(value, list) else [value]
 
@@ -38,7 +44,8 @@ def _boolean_or_never(value: object, handler: ValidatorFunctionWrapHandler) -> o
 
 Integer = Annotated[int, BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
-Ids = list[Integer]
+# Looked at as a whole: a list may be long, and a function for each id would keep the event loop.
+Ids = Annotated[list[int], BeforeValidator(_no_booleans)]
 # JSON has no pairs: a list of two is one, however strict the dialect.
 BiasedPhrase = Annotated[tuple[Ids, Number], Field(strict=False)]
 StartAndFactor = Annotated[tuple[Integer, Number], Field(strict=False)]

@@ -344,6 +344,8 @@ class TestErrors:
             ({"bad_words_ids": [5]}, "bad_words_ids"),
             ({"bad_words_ids": [[-1]]}, "bad_words_ids"),
             ({"bad_words_ids": [[512]]}, "bad_words_ids"),
+            ({"bad_words_ids": [[True]]}, "bad_words_ids"),
+            ({"suppress_tokens": [1.5]}, "suppress_tokens"),
             ({"sequence_bias": [[1, 2]]}, "sequence_bias"),
             ({"sequence_bias": [[[1], "nan"]]}, "sequence_bias"),
             ({"suppress_tokens": [512]}, "suppress_tokens"),

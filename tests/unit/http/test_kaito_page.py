@@ -14,7 +14,7 @@ from gyrfalcon.service.validation import DEFAULT_MAX_BEAMS
 PAGE = Path(__file__).parents[3] / "docs" / "kaito.md"
 ROWS = {
     name.strip().strip("`"): [cell.strip() for cell in line.split(" | ")[1:]]
-    for line in PAGE.read_text(encoding="utf-8").splitlines()
+    for line in reversed(PAGE.read_text(encoding="utf-8").splitlines())  # of two rows of a name the first counts
     if line.startswith("| `")
     for name in line.split(" | ")[0].removeprefix("| ").split(",")
 }

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from gyrfalcon.engine.interface import BeamParams, EarlyStopping, SamplingParams, WatermarkParams
+from gyrfalcon.engine.interface import BeamParams, EarlyStopping, EngineFacts, SamplingParams, WatermarkParams
 from gyrfalcon.errors import InvalidRequest, NotSupported
 from gyrfalcon.service.interface import GenerateCall
 from gyrfalcon.service.search_rules import check_ids
-from gyrfalcon.service.validation import Limits, ValidCall, check, count_choices, count_sequences, fit
+from gyrfalcon.service.validation import Limits, ValidCall, check, count_choices, count_sequences, fit, resolve_limits
 
 LIMITS = Limits(max_total_tokens=100, max_input_tokens=80)
 GROUPS = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}
@@ -124,6 +124,22 @@ def test_a_call_that_says_nothing_asks_for_nothing() -> None:
     made = valid(seed=1)
     assert made.beams is None
     assert made.sampling == SamplingParams(seed=1)
+
+
+def test_beams_are_no_more_than_the_engine_computes_together() -> None:
+    facts = EngineFacts(
+        vocab_size=10,
+        max_context=100,
+        max_total_tokens=100,
+        cache_tokens=400,
+        cache_bytes=0,
+        weight_bytes=0,
+        num_parameters=0,
+        dtype="float32",
+        device="cpu",
+    )
+    assert resolve_limits(facts, max_batch_size=4).max_beams == 4
+    assert resolve_limits(facts, max_concurrent_requests=3).max_beams == 3
 
 
 def test_words_without_ids_are_void() -> None:
