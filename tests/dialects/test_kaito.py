@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx2
@@ -124,6 +125,49 @@ async def test_the_text_is_what_transformers_generates(subject: Subject, client:
     got = await answer(client, asked)
     assert list(got) == ["Result"]
     assert got["Result"] == "".join(subject.texts(PROMPT, output))
+
+
+def drawn_kwargs(random: Random) -> dict[str, Any]:
+    """Some parameters that leave nothing to chance, in a combination whose outcome transformers defines."""
+
+    def ids(most: int) -> list[int]:
+        return [
+            random.choice([0, 11, 50, 265, 290, 262, random.randrange(384)]) for _ in range(random.randint(1, most))
+        ]
+
+    options: dict[str, Any] = {
+        "repetition_penalty": random.uniform(0.7, 3),
+        "encoder_repetition_penalty": random.uniform(0.5, 2),
+        "no_repeat_ngram_size": random.randint(1, 4),
+        "encoder_no_repeat_ngram_size": random.randint(1, 3),
+        "bad_words_ids": [ids(3) for _ in range(random.randint(1, 4))],
+        "sequence_bias": [[ids(2), random.uniform(-8, 8)] for _ in range(random.randint(1, 3))],
+        "suppress_tokens": ids(4),
+        "begin_suppress_tokens": ids(4),
+        "min_length": random.randint(1, 18),
+        "forced_eos_token_id": 51,
+        "renormalize_logits": True,
+        "num_beams": random.randint(2, 5),
+        "length_penalty": random.choice([-1.5, 0.0, 0.5, 2.0]),
+        "early_stopping": random.choice([True, False, "never"]),
+    }
+    names = random.sample(sorted(options), random.randint(2, 6))
+    made = {"do_sample": False, "max_new_tokens": random.randint(8, 14)} | {name: options[name] for name in names}
+    if "num_beams" in made:
+        made["num_return_sequences"] = random.randint(1, made["num_beams"])
+    return made
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_drawn_combinations_together_are_what_transformers_generates(
+    subject: Subject, client: httpx2.AsyncClient, seed: int
+) -> None:
+    random = Random(seed)
+    cases = [(random.choice([PROMPT, "Z", "3 birds, 14"]), drawn_kwargs(random)) for _ in range(8)]
+    answers = await asyncio.gather(*(answer(client, kwargs, prompt=prompt, details=True) for prompt, kwargs in cases))
+    for (prompt, kwargs), got in zip(cases, answers, strict=True):
+        texts = [sequence["generated_text"] for sequence in got["details"]["sequences"]]
+        assert texts == subject.texts(prompt, subject.expected(prompt, **kwargs)), kwargs
 
 
 async def test_the_first_token_after_a_prompt_of_one_is_forced(subject: Subject, client: httpx2.AsyncClient) -> None:

@@ -1,6 +1,7 @@
 """Every limit and every default. Dialects decide how a parameter is spelled; what it may be is decided here.
 
-Two steps, because the prompt's tokens are known only in between: `check` judges the parameters, `fit` the lengths.
+Two steps, because the prompt's tokens are known only in between: `check` judges the parameters, `fit` the lengths. The
+rules of beams and of single ids are in `search_rules`.
 """
 
 from __future__ import annotations
