@@ -17,7 +17,7 @@ from gyrfalcon.engine.plan import gather_plan, gather_samples, wave_draws
 from gyrfalcon.engine.scheduler import ScheduledRow, Scheduler
 from gyrfalcon.engine.sequence import SequenceGroup
 from gyrfalcon.errors import OutOfCache
-from gyrfalcon.runner.interface import Executor, SamplingColumns, StepPlan, StepResult
+from gyrfalcon.runner.interface import NOT_FINITE, NOTHING_LEFT, Executor, SamplingColumns, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class StepOutcome:
     events: dict[str, list[EngineEvent]] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)  # no choice has anything more to come
     failures: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)  # failures that the request's own parameters caused
     step: StepReading | None = None
 
     def add(self, request_id: str, event: EngineEvent) -> None:
@@ -182,8 +183,12 @@ class EngineCore:
             self._scheduler.mark_computed(row)
             if not reaches_end:
                 continue
-            if any(result.token_ids_S[sample] < 0 for sample in samples.get(index, ())):
+            codes = [int(result.token_ids_S[sample]) for sample in samples.get(index, ())]
+            if NOT_FINITE in codes:
                 self._fail(group, "the model's logits are not finite", outcome)
+                continue
+            if NOTHING_LEFT in codes:
+                self._refuse(group, outcome)
                 continue
             if group.search is not None:
                 searches.setdefault(group.request.request_id, {})[index] = row
@@ -278,10 +283,23 @@ class EngineCore:
             outcome.finished.append(group.request.request_id)
 
     def _fail(self, group: SequenceGroup, message: str, outcome: StepOutcome) -> None:
-        request_id = group.request.request_id
-        if self._groups.pop(request_id, None) is not None:
-            self._scheduler.remove(group)
-            outcome.failures[request_id] = message
+        if self._drop(group):
+            outcome.failures[group.request.request_id] = message
+
+    def _refuse(self, group: SequenceGroup, outcome: StepOutcome) -> None:
+        """End a request whose parameters left no token to choose."""
+        num_generated = max(group.num_generated(sequence) for sequence in group.sequences)
+        if self._drop(group):
+            outcome.refusals[group.request.request_id] = (
+                f"the parameters rule out every token after {num_generated} new ones, or overflow single precision"
+            )
+
+    def _drop(self, group: SequenceGroup) -> bool:
+        """Forget a group; False if it had ended already."""
+        if self._groups.pop(group.request.request_id, None) is None:
+            return False
+        self._scheduler.remove(group)
+        return True
 
 
 def _mark_started(rows: list[ScheduledRow], now_s: float) -> int:

@@ -238,8 +238,8 @@ class Engine(Protocol):
         """Yield the request's events, those that are ready together in one list.
 
         Ends after every choice has finished. Closing the generator early (`contextlib.aclosing`) aborts the request
-        and frees what it held. Raises GenerationFailed when this request fails, EngineDead when the engine ends
-        under it.
+        and frees what it held. Raises GenerationFailed when this request fails, InvalidRequest when its parameters
+        leave no token to choose, EngineDead when the engine ends under it.
         """
         ...
 

@@ -17,7 +17,16 @@ def run_loop(core: EngineCore, inbox: queue.SimpleQueue[Command], report: Callab
             return
         if core.has_work:
             core.step(outcome)
-        report(Report(outcome.events, outcome.finished, outcome.failures, core.stats(), outcome.step))
+        report(
+            Report(
+                events=outcome.events,
+                finished=outcome.finished,
+                failures=outcome.failures,
+                refusals=outcome.refusals,
+                stats=core.stats(),
+                step=outcome.step,
+            )
+        )
 
 
 def _take_commands(core: EngineCore, inbox: queue.SimpleQueue[Command], outcome: StepOutcome) -> bool:

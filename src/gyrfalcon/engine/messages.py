@@ -58,6 +58,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     events: dict[str, list[EngineEvent]]
     finished: list[str]
     failures: dict[str, str]
+    refusals: dict[str, str]
     stats: EngineStats
     step: StepReading | None = None  # None when there was nothing to compute
 

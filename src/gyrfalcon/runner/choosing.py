@@ -8,7 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gyrfalcon.runner.interface import Ints, Longs, ProposedTokens, SamplingColumns, StepResult
+from gyrfalcon.runner.interface import (
+    NOT_FINITE,
+    NOTHING_LEFT,
+    Ints,
+    Longs,
+    ProposedTokens,
+    SamplingColumns,
+    StepResult,
+)
 from gyrfalcon.runner.logits import process_logits
 from gyrfalcon.runner.proposals import Proposed, propose
 from gyrfalcon.runner.sampler import choose
@@ -51,7 +59,10 @@ def choose_or_propose(rows: RowLogits, columns: SamplingColumns) -> StepResult:
     if beams.size:
         for sample, own in zip(beams.tolist(), propose(*_some(scores_SV, columns, beams)), strict=True):
             proposed[sample] = own
-            token_ids_S[sample] = -1 if own is None else 0
+            token_ids_S[sample] = NOT_FINITE if own is None else 0
+    if (failed := np.flatnonzero(token_ids_S == NOT_FINITE)).size:
+        raw = rows.logits_NV[torch.from_numpy(of_sample[failed]).to(rows.logits_NV.device)]
+        token_ids_S[failed[torch.isfinite(raw).all(dim=-1).cpu().numpy()]] = NOTHING_LEFT
     listed = [pair for pair in top if pair is not None]
     return StepResult(
         token_ids_S=token_ids_S,

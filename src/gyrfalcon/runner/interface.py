@@ -136,11 +136,18 @@ class ProposedTokens:
         return ProposedTokens(np.empty(0, dtype=np.int32), no_floats, no_floats.astype(np.float64), starts)
 
 
+NOT_FINITE = -1
+"""In place of a token id: the model's logits hold NaN or infinities, so the request fails."""
+
+NOTHING_LEFT = -2
+"""In place of a token id: the logits were sound, and the request's own parameters left nothing to choose from."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What the step found, in the order of the plan's samples and scored rows."""
 
-    token_ids_S: Ints  # -1 where the logits held no finite value to choose, or NaN: the request fails
+    token_ids_S: Ints  # or NOT_FINITE, or NOTHING_LEFT; 0 for beams
     logprobs_S: Floats
     top_ids: Ints  # packed; see `top_starts`
     top_logprobs: Floats

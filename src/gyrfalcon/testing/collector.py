@@ -25,7 +25,7 @@ class Collector:
         self.logprobs[wanted.request_id] = [[] for _ in range(wanted.num_choices)]
         self.reasons[wanted.request_id] = {}
         self.core.submit(wanted, outcome)
-        self.failures.update(outcome.failures)
+        self.failures.update(outcome.failures | outcome.refusals)
 
     def end_choice(self, request_id: str, choice: int) -> None:
         outcome = StepOutcome()
@@ -50,7 +50,7 @@ class Collector:
                     if event.finish_reason is not None:
                         self.reasons[request_id][event.choice] = event.finish_reason
         self.finished += outcome.finished
-        self.failures.update(outcome.failures)
+        self.failures.update(outcome.failures | outcome.refusals)
 
     def run(self, most_steps: int = 2000) -> None:
         """Step until nothing is left to do."""
