@@ -415,7 +415,7 @@ class TestErrors:
             (errors.GenerationFailed("no"), 424, "generation"),
             (errors.EngineDead("gone"), 503, "generation"),
             (ServerStopping(), 503, "incomplete_generation"),
-            (RuntimeError("secret path /root"), 500, "internal"),
+            (RuntimeError("secret path /srv"), 500, "internal"),
         ],
     )
     def test_each_error_has_its_status_and_type(self, error: Exception, status: int, kind: str) -> None:
