@@ -270,6 +270,9 @@ class Settings:
     watermark_delta: float = _setting(
         2.0, options.number(0, 100), WATERMARK, "What a green token's logit gains.", variables=("WATERMARK_DELTA",)
     )
+    watermark_context_width: int = _setting(
+        1, options.whole(1, 8), WATERMARK, "Tokens before a token that its green list depends on (seeding scheme)."
+    )
     watermark_key: int = _setting(
         15485863, options.whole(0, 2**64 - 1), WATERMARK, "Secret that green lists are drawn from.", secret=True
     )

@@ -31,10 +31,18 @@ def draw_keys(seeds: Words, positions: Integers) -> Words:
     return mix(mix(seeds) + positions.astype(np.uint64) * np.uint64(GOLDEN))
 
 
-def watermark_keys(keys: Words, last_ids: Integers) -> Words:
-    """Stream keys of green lists: of the operator's key and the token before the drawn one."""
+def watermark_keys(keys: Words, context_ids: Integers) -> Words:
+    """Stream keys of green lists: of the operator's key and the tokens before the drawn one.
+
+    context_ids: [N], the token before each; or [N, W], the nearest first, -1 where the text has begun later.
+    """
+    nearest_first = context_ids.reshape(len(context_ids), -1).T
     # Another constant than a draw's, so that a watermark with the key of someone's seed is not that seed's noise.
-    return mix(mix(keys ^ np.uint64(MIX_2)) + last_ids.astype(np.uint64) * np.uint64(GOLDEN))
+    state = mix(mix(keys ^ np.uint64(MIX_2)) + nearest_first[0].astype(np.uint64) * np.uint64(GOLDEN))
+    for earlier in nearest_first[1:]:
+        deeper = mix(state + (earlier.astype(np.int64) + 1).astype(np.uint64) * np.uint64(GOLDEN))
+        state = np.where(earlier >= 0, deeper, state)
+    return state
 
 
 def uniform_bits(keys: Words, ids: Integers) -> Words:
@@ -48,7 +56,7 @@ def green_threshold(gamma: float) -> int:
     return int(float(np.float32(gamma)) * 2**MANTISSA_BITS)
 
 
-def are_green(key: int, gamma: float, last_ids: Integers, ids: Integers) -> npt.NDArray[np.bool_]:
-    """Whether each token is green after the one before it."""
-    keys = watermark_keys(np.array([key], dtype=np.uint64), last_ids)
+def are_green(key: int, gamma: float, context_ids: Integers, ids: Integers) -> npt.NDArray[np.bool_]:
+    """Whether each token is green after those before it; context_ids as in `watermark_keys`."""
+    keys = watermark_keys(np.array([key], dtype=np.uint64), context_ids)
     return uniform_bits(keys, ids) < np.uint64(green_threshold(gamma))

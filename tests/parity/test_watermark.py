@@ -177,3 +177,34 @@ def test_the_mark_is_found_in_every_choice_of_every_mode_and_nowhere_else(
         assert not find(folder, tokens, PROMPTS[0], alpha=1e-3, keys=(MARK.key + 1, MARK.key - 1)).is_found
     for tokens in collector.tokens["unmarked"]:
         assert not find(folder, tokens, PROMPTS[0], alpha=1e-3).is_found
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_wider_context_marks_every_token_by_the_tokens_before_it(
+    subject: tuple[Path, Any, Any], num_beams: int
+) -> None:
+    folder, model, _ = subject
+    mark = WatermarkParams(gamma=0.5, delta=60.0, key=11, context_width=3)
+    for prompt in PROMPTS:
+        request = EngineRequest(
+            request_id="a",
+            prompt_ids=prompt,
+            max_new_tokens=NUM_NEW,
+            sampling=SamplingParams(watermark=mark),
+            beams=BeamParams(num_beams=num_beams) if num_beams > 1 else None,
+        )
+        ids = run(model, [request]).tokens["a"][0]
+        known = DetectCall(text=TokenPrompt(tuple(ids)), prompt=TokenPrompt(prompt))
+        unknown = DetectCall(text=TokenPrompt(tuple(ids)))
+        found, cut, narrow = (
+            detect(call, model="tiny", tokenizer=load_tokenizer(folder), num_ids=2**31, settings=settings)
+            for call, settings in (
+                (known, mark),
+                (unknown, mark),
+                (known, msgspec.structs.replace(mark, context_width=1)),
+            )
+        )
+        # A delta beyond every gap leaves no token that is not green, from the first on.
+        assert all(found.keys[0].green)
+        assert cut.keys[0].green == (None, None, None, *found.keys[0].green[3:])
+        assert not all(narrow.keys[0].green)

@@ -54,6 +54,7 @@ EXAMPLES: dict[str, tuple[str, object, str]] = {
     "num_threads": ("2", 2, "2"),
     "watermark_gamma": ("0.25", 0.25, "0.25"),
     "watermark_delta": ("3", 3.0, "3"),
+    "watermark_context_width": ("4", 4, "4"),
     "watermark_key": ("42", 42, "42"),
     "json_output": ("true", True, "true"),
     "log_level": ("warn", "warning", '"warn"'),

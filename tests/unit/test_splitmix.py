@@ -69,3 +69,16 @@ def test_the_threshold_is_gamma_s_share_of_all_numbers() -> None:
 def test_draws_and_green_lists_of_equal_numbers_differ() -> None:
     numbers, positions = np.arange(50, dtype=np.uint64), np.arange(50)
     assert not set(draw_keys(numbers, positions).tolist()) & set(watermark_keys(numbers, positions).tolist())
+
+
+def test_a_wider_context_changes_the_list_with_each_of_its_tokens_and_not_with_their_absence() -> None:
+    ids = np.arange(4000)
+
+    def green(*context: int) -> np.ndarray:
+        return are_green(7, 0.5, np.tile(np.array(context), (len(ids), 1)), ids)
+
+    assert (green(5) == are_green(7, 0.5, np.full(len(ids), 5), ids)).all()
+    assert (green(5, -1, -1) == green(5)).all()
+    assert (green(5, 6, -1) == green(5, 6)).all()
+    for other in (green(5), green(5, 7), green(6, 5), green(5, 6, 8)):
+        assert 0.45 < (green(5, 6) == other).mean() < 0.55  # independent lists agree on half of the ids

@@ -21,16 +21,18 @@ class FinishReason(enum.StrEnum):
 
 
 class WatermarkParams(msgspec.Struct, frozen=True, kw_only=True):
-    """A green-list watermark (Kirchenbauer et al. 2023, arXiv 2301.10226), algorithm 2 with a context of one token.
+    """A green-list watermark (Kirchenbauer et al. 2023, arXiv 2301.10226), algorithm 2.
 
     gamma: expected fraction of the vocabulary that is green, 0 < gamma < 1.
     delta: added to every green token's logit.
     key: secret from which the green lists are drawn, 0 <= key < 2**64.
+    context_width: tokens before a token that its green list depends on, >= 1; a text's first tokens have fewer.
     """
 
     gamma: float = 0.5
     delta: float = 2.0
     key: int = 15485863
+    context_width: int = 1
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, weakref=True):

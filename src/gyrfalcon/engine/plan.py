@@ -77,6 +77,11 @@ class Draw:
     def seed(self) -> int:
         return (self.params.seed + self.choice) & SEED_MASK
 
+    def earlier_context(self) -> Ints:
+        """What a green list depends on besides the last token, the nearest first."""
+        width = self.mark.context_width if self.mark else 1
+        return self.sequence.token_ids[-width:-1][::-1] if width > 1 else NO_IDS
+
     def history(self) -> Ints:
         """The ids so far, where a penalty looks at them."""
         params = self.params
@@ -128,6 +133,7 @@ def gather_samples(draws: list[Draw]) -> SamplingColumns:
         watermark_gamma_S=np.array([draw.mark.gamma if draw.mark else 0.0 for draw in draws], dtype=np.float32),
         watermark_delta_S=np.array([draw.mark.delta if draw.mark else 0.0 for draw in draws], dtype=np.float32),
         watermark_key_S=np.array([draw.mark.key if draw.mark else 0 for draw in draws], dtype=np.uint64),
+        watermark_context=_pack([draw.earlier_context() for draw in draws]),
         bias=_pack_weighted(list(map(token_rules.biased_ids, requests, texts))),
         diversity=_pack_weighted([draw.diversity() for draw in draws]),
         diversity_penalty_S=np.array(

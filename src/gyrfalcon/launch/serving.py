@@ -100,7 +100,10 @@ async def _open(
             chat_template=chat_template,
             limits=limits,
             watermark=WatermarkParams(
-                gamma=settings.watermark_gamma, delta=settings.watermark_delta, key=settings.watermark_key
+                gamma=settings.watermark_gamma,
+                delta=settings.watermark_delta,
+                key=settings.watermark_key,
+                context_width=settings.watermark_context_width,
             ),
         )
         metrics.limits_known(

@@ -30,6 +30,9 @@ def detect_offline(settings: Settings, call: DetectCall) -> Detection:
         tokenizer=tokenizer,
         num_ids=max(tokenizer.vocab_size, width) if type(width) is int else tokenizer.vocab_size,
         settings=WatermarkParams(
-            gamma=settings.watermark_gamma, delta=settings.watermark_delta, key=settings.watermark_key
+            gamma=settings.watermark_gamma,
+            delta=settings.watermark_delta,
+            key=settings.watermark_key,
+            context_width=settings.watermark_context_width,
         ),
     )

@@ -71,6 +71,7 @@ class SamplingColumns:
     watermark_gamma_S: Floats  # 0 where there is no watermark
     watermark_delta_S: Floats
     watermark_key_S: Seeds
+    watermark_context: IdLists  # ids before the last one that its green list depends on too, the nearest first
     bias: WeightedIdLists  # added
     diversity: WeightedIdLists  # how often earlier beam groups chose an id for this position
     diversity_penalty_S: Floats  # times that count is subtracted

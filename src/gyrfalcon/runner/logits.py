@@ -61,18 +61,28 @@ def _rows(flags_S: Flags, device: torch.device) -> Tensor:
 
 
 def _add_watermark(scores_SV: Tensor, columns: SamplingColumns, last_ids_S: Ints) -> None:
-    """Add delta to the green tokens: those whose uniform number, by key and last token, is below gamma."""
+    """Add delta to the green tokens: those whose uniform number, by key and context, is below gamma."""
     marked = np.flatnonzero(columns.watermark_gamma_S > 0)
     if marked.size == 0:
         return
     device = scores_SV.device
-    keys_G = as_tensor(watermark_keys(columns.watermark_key_S[marked], last_ids_S[marked]), device)
+    contexts_GW = _contexts(last_ids_S[marked], columns.watermark_context.take(marked))
+    keys_G = as_tensor(watermark_keys(columns.watermark_key_S[marked], contexts_GW), device)
     ids_V = torch.arange(scores_SV.shape[1], device=device)
     thresholds_G = torch.from_numpy((columns.watermark_gamma_S[marked].astype(np.float64) * 2**53).astype(np.int64))
     deltas_G = torch.from_numpy(columns.watermark_delta_S[marked]).to(device)
     # One sample at a time: what its generator computes then stays in the cache.
     for sample, key, threshold, delta in zip(marked, keys_G, thresholds_G.to(device), deltas_G, strict=True):
         scores_SV[sample] += (uniform_bits(key, ids_V) < threshold) * delta
+
+
+def _contexts(last_ids_G: Ints, earlier: IdLists) -> Ints:
+    """The last id and those before it, the nearest first, filled up with -1."""
+    lengths_G = np.diff(earlier.starts)
+    contexts_GW = np.full((len(last_ids_G), 1 + int(lengths_G.max(initial=0))), -1, dtype=np.int32)
+    contexts_GW[:, 0] = last_ids_G
+    contexts_GW[:, 1:][np.arange(contexts_GW.shape[1] - 1) < lengths_G[:, None]] = earlier.ids
+    return contexts_GW
 
 
 def _add_bias(scores_SV: Tensor, bias: WeightedIdLists) -> None:

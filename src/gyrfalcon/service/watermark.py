@@ -44,10 +44,11 @@ def detect(
     # A prompt has the special tokens around it that it had when it was continued; a continuation has none.
     context = _to_ids(call.prompt, ("prompt", "prompt_token_ids"), tokenizer, num_ids, add_special_tokens=True)
 
-    previous, is_scored = _pair(ids, context, ignore_repeated=call.ignore_repeated)
+    contexts, is_known = _contexts(ids, context, settings.context_width)
+    is_scored = is_known & _are_first(contexts, ids) if call.ignore_repeated else is_known
     num_scored = int(is_scored.sum())
     reason = _too_short(num_scored, gamma, alpha, len(keys))
-    scores = tuple(_score(key, gamma, alpha, len(keys), ids, previous, is_scored, reason) for key in keys)
+    scores = tuple(_score(key, gamma, alpha, len(keys), ids, contexts, is_known, is_scored, reason) for key in keys)
     return Detection(
         model=model,
         gamma=gamma,
@@ -143,22 +144,31 @@ def _to_ids(
     return np.array(content.ids, dtype=np.int64)
 
 
-def _pair(
-    ids: npt.NDArray[np.int64], context: npt.NDArray[np.int64], *, ignore_repeated: bool
+def _contexts(
+    ids: npt.NDArray[np.int64], prompt: npt.NDArray[np.int64], width: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """The id before each id, -1 where there is none, and which ids are scored.
+    """The ids before each id, [N, width], the nearest first, -1 where there is none; and where that is all of them.
 
-    A token after the same token has the same colour each time: only the first time is it evidence, as trials of a
+    With the prompt the text's beginning is known, so that a short context is a whole one.
+    """
+    whole = np.concatenate([np.full(width, -1), prompt[-width:], ids]).astype(np.int64)
+    first = len(whole) - len(ids)
+    contexts = np.stack([whole[first - back : len(whole) - back] for back in range(1, width + 1)], axis=1)
+    is_known = np.asarray(contexts[:, 0] >= 0 if prompt.size else np.all(contexts >= 0, axis=1), dtype=np.bool_)
+    return contexts, is_known
+
+
+def _are_first(contexts: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which ids come after their context for the first time.
+
+    A token after the same tokens has the same colour each time: only the first time is it evidence, as trials of a
     binomial distribution are independent.
     """
-    previous = np.concatenate([context[-1:] if context.size else np.array([-1]), ids])[:-1].astype(np.int64)
-    is_scored = previous >= 0
-    if ignore_repeated:
-        _, first = np.unique((previous << 32) | ids, return_index=True)
-        is_first = np.zeros(len(ids), dtype=np.bool_)
-        is_first[first] = True
-        is_scored &= is_first
-    return previous, is_scored
+    is_first = np.zeros(len(ids), dtype=np.bool_)
+    if len(ids):
+        _, places = np.unique(np.column_stack([contexts, ids]), axis=0, return_index=True)
+        is_first[places] = True
+    return is_first
 
 
 def _too_short(num_scored: int, gamma: float, alpha: float, num_keys: int) -> str | None:
@@ -176,11 +186,12 @@ def _score(
     alpha: float,
     num_keys: int,
     ids: npt.NDArray[np.int64],
-    previous: npt.NDArray[np.int64],
+    contexts: npt.NDArray[np.int64],
+    is_known: npt.NDArray[np.bool_],
     is_scored: npt.NDArray[np.bool_],
     reason: str | None,
 ) -> KeyScore:
-    is_green = are_green(key, gamma, previous, ids)
+    is_green = are_green(key, gamma, contexts, ids)
     num_green, num_scored = int((is_green & is_scored).sum()), int(is_scored.sum())
     p = p_value(num_green, num_scored, gamma) if num_scored else 1.0
     corrected_p = corrected(p, num_keys)
@@ -192,7 +203,7 @@ def _score(
         corrected_p_value=corrected_p,
         is_found=None if reason else corrected_p <= alpha,
         green=tuple(
-            green if before >= 0 else None for green, before in zip(is_green.tolist(), previous.tolist(), strict=True)
+            green if known else None for green, known in zip(is_green.tolist(), is_known.tolist(), strict=True)
         ),
     )
 

@@ -34,7 +34,7 @@ NEUTRAL = {
     "top_n_S": (np.int32, 0),
     "num_candidates_S": (np.int32, 0),
 }
-LISTS = ("history", "banned", "forced", "decaying", "suppressed")
+LISTS = ("watermark_context", "history", "banned", "forced", "decaying", "suppressed")
 WEIGHTED_LISTS = ("bias", "diversity")
 
 

@@ -50,6 +50,7 @@ TYPED: dict[str, tuple[str | None, object]] = {
     "num_threads": ("9", 9),
     "watermark_gamma": ("0.9", 0.9),
     "watermark_delta": ("9", 9.0),
+    "watermark_context_width": ("3", 3),
     "watermark_key": ("9", 9),
     "json_output": (None, True),
     "log_level": ("error", "error"),

@@ -12,6 +12,7 @@ from transformers.generation import EncoderRepetitionPenaltyLogitsProcessor
 
 from gyrfalcon.runner.logits import process_logits
 from gyrfalcon.runner.sampler import choose
+from gyrfalcon.splitmix import are_green
 from gyrfalcon.testing.columns import columns
 
 NO_LAST = np.zeros(3, dtype=np.int32)
@@ -209,3 +210,14 @@ def test_a_temperature_near_zero_leaves_the_likeliest_token() -> None:
     assert probabilities[0].argmax() == logits[0].argmax()
     assert probabilities[:2].amax(dim=-1).tolist() == [1.0, 1.0]
     torch.testing.assert_close(probabilities[2], torch.full((WIDTH,), 1 / WIDTH))
+
+
+def test_a_watermark_with_a_wider_context_follows_the_tokens_before_the_last() -> None:
+    def green(context: list[list[int]]) -> torch.Tensor:
+        made = columns(2, watermark_gamma=0.5, watermark_delta=2.0, watermark_key=9, watermark_context=context)
+        return process_logits(torch.zeros(2, 3000), made, np.array([4, 4], dtype=np.int32)) > 0
+
+    flags = green([[], [8, 9]])
+    for row, context in ((0, [4]), (1, [4, 8, 9])):
+        wanted = are_green(9, 0.5, np.tile(np.array(context), (3000, 1)), np.arange(3000))
+        assert flags[row].tolist() == wanted.tolist()
