@@ -183,12 +183,7 @@ class EngineCore:
             self._scheduler.mark_computed(row)
             if not reaches_end:
                 continue
-            codes = [int(result.token_ids_S[sample]) for sample in samples.get(index, ())]
-            if NOT_FINITE in codes:
-                self._fail(group, "the model's logits are not finite", outcome)
-                continue
-            if NOTHING_LEFT in codes:
-                self._refuse(group, outcome)
+            if not self._is_sound(group, result, samples.get(index, []), outcome):
                 continue
             if group.search is not None:
                 searches.setdefault(group.request.request_id, {})[index] = row
@@ -204,8 +199,7 @@ class EngineCore:
                 outcome.add(group.request.request_id, event)
             self._scheduler.continue_with(group, sequence, going_on)
             self._finish_if_done(group, outcome)
-        live = [searches[request_id] for request_id in searches if request_id in self._groups]
-        self._advance_searches(live, samples, result, outcome)
+        self._advance_searches([*searches.values()], samples, result, outcome)
 
     def _advance_searches(
         self,
@@ -216,35 +210,67 @@ class EngineCore:
     ) -> None:
         """Take one step of every search whose rows have come to their end; `searches`: rows by index, each."""
         wave = 0
-        taking_part = searches
-        while taking_part:
+        while taking_part := [rows for rows in searches if self._is_live(rows) and _num_waves(rows) > wave]:
+            if wave > 0:
+                columns = gather_samples(
+                    [
+                        draw
+                        for rows in taking_part
+                        for index, row in rows.items()
+                        for draw in wave_draws(index, row.group, row.sequence, wave)
+                    ]
+                )
+                try:
+                    samples, result = _samples_by_row(columns), self._executor.choose(columns)
+                except Exception:
+                    logger.exception("choosing for %d searches failed", len(taking_part))
+                    for rows in taking_part:
+                        self._fail(_group_of(rows), "the step that computed this request failed", outcome)
+                    break
             for rows in taking_part:
-                group = next(iter(rows.values())).group
-                assert group.search is not None
-                by_beam = {
-                    beam: _proposals(result, samples[index][0])
-                    for index, row in rows.items()
-                    for beam in row.sequence.choices
-                    if index in samples
-                }
-                group.search.advance(wave, [by_beam[beam] for beam in group.search.beams_of(wave)])
+                self._take_wave(rows, wave, samples, result, outcome)
             wave += 1
-            taking_part = [rows for rows in taking_part if _num_waves(rows) > wave]
-            if taking_part:
-                draws = [
-                    draw
-                    for rows in taking_part
-                    for index, row in rows.items()
-                    for draw in wave_draws(index, row.group, row.sequence, wave)
-                ]
-                columns = gather_samples(draws)
-                samples, result = _samples_by_row(columns), self._executor.choose(columns)
         for rows in searches:
-            self._continue_search(rows, outcome)
+            if self._is_live(rows):
+                self._continue_search(rows, outcome)
+
+    def _take_wave(
+        self,
+        rows: dict[int, ScheduledRow],
+        wave: int,
+        samples: dict[int, list[int]],
+        result: StepResult,
+        outcome: StepOutcome,
+    ) -> None:
+        """Give one search the proposals of one wave's beams."""
+        group = _group_of(rows)
+        assert group.search is not None
+        if self._is_sound(group, result, [sample for index in rows for sample in samples.get(index, [])], outcome):
+            by_beam = {
+                beam: _proposals(result, samples[index][0])
+                for index, row in rows.items()
+                for beam in row.sequence.choices
+                if index in samples
+            }
+            group.search.advance(wave, [by_beam[beam] for beam in group.search.beams_of(wave)])
+
+    def _is_live(self, rows: dict[int, ScheduledRow]) -> bool:
+        return _group_of(rows).request.request_id in self._groups
+
+    def _is_sound(self, group: SequenceGroup, result: StepResult, samples: list[int], outcome: StepOutcome) -> bool:
+        """Whether something could be chosen for all these samples; if not, the request ends."""
+        codes = result.token_ids_S[samples].tolist()
+        if NOT_FINITE in codes:
+            self._fail(group, "the model's logits are not finite", outcome)
+            return False
+        if NOTHING_LEFT in codes:
+            self._refuse(group, outcome)
+            return False
+        return True
 
     def _continue_search(self, rows: dict[int, ScheduledRow], outcome: StepOutcome) -> None:
         """Fork, extend and free a search's rows as it has chosen, or report what it found."""
-        group = next(iter(rows.values())).group
+        group = _group_of(rows)
         assert group.search is not None
         self._decode_tokens += group.num_rows
         self._report_prompt(group, outcome)
@@ -317,8 +343,12 @@ def _samples_by_row(columns: SamplingColumns) -> dict[int, list[int]]:
     return samples
 
 
+def _group_of(rows: dict[int, ScheduledRow]) -> SequenceGroup:
+    return next(iter(rows.values())).group
+
+
 def _num_waves(rows: dict[int, ScheduledRow]) -> int:
-    search = next(iter(rows.values())).group.search
+    search = _group_of(rows).search
     return 0 if search is None else search.num_waves
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +13,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gyrfalcon.engine.core import CoreLimits, EngineCore
 from gyrfalcon.engine.interface import BeamParams, EarlyStopping, EngineRequest, FinishReason, SamplingParams
 from gyrfalcon.errors import OutOfCache
-from gyrfalcon.runner.interface import StepPlan
+from gyrfalcon.runner.interface import (
+    NOT_FINITE,
+    NOTHING_LEFT,
+    ProposedTokens,
+    SamplingColumns,
+    StepPlan,
+    StepResult,
+)
 from gyrfalcon.testing.collector import Collector
 from gyrfalcon.testing.executor import FakeExecutor, fake_continuation
 
@@ -291,6 +301,44 @@ def test_preempted_searches_resume_with_the_same_result() -> None:
         alone.submit(one)
         alone.run()
         assert together.tokens[one.request_id] == alone.tokens[one.request_id]
+
+
+class FailingChoice(FakeExecutor):
+    """Fails in the second wave of every diverse search: by a code in place of a token, or by an error."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__()
+        self._code = code
+        self._in_execute = False
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._in_execute = True
+        return super().execute(plan)
+
+    def choose(self, samples: SamplingColumns) -> StepResult:
+        result = super().choose(samples)
+        if self._in_execute:
+            self._in_execute = False
+            return result
+        if self._code is None:
+            raise RuntimeError("device error")
+        return dataclasses.replace(
+            result,
+            token_ids_S=np.full(len(result.token_ids_S), self._code, dtype=np.int32),
+            proposed=ProposedTokens.none(len(result.token_ids_S)),
+        )
+
+
+@pytest.mark.parametrize("code", [NOT_FINITE, NOTHING_LEFT, None])
+def test_a_search_that_fails_in_a_later_wave_ends_alone(code: int | None) -> None:
+    run = Collector(make_core(FailingChoice(code)))
+    neighbour = request("neighbour", (5, 6), 6)
+    for one in (request("diverse", (1, 2), 6, beams=BeamParams(num_beams=4, num_beam_groups=2)), neighbour):
+        run.submit(one)
+    run.run()
+    assert list(run.failures) == ["diverse"]
+    assert run.tokens["neighbour"] == expected(neighbour)
+    assert run.core.stats().cache_usage == 0.0
 
 
 class CoreMachine(RuleBasedStateMachine):
