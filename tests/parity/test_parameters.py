@@ -78,6 +78,9 @@ PARAMETERS: dict[str, st.SearchStrategy[Any]] = {
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     names = draw(st.lists(st.sampled_from(sorted(PARAMETERS)), max_size=5, unique=True))
+    if "exponential_decay_length_penalty" in names and "remove_invalid_values" in names:
+        # The one makes the smallest number of what is banned, the other multiplies that: transformers ends in NaN.
+        names.remove("remove_invalid_values")
     return {
         "prompt": draw(st.integers(0, len(PROMPTS) - 1)),
         "max_new_tokens": draw(st.sampled_from([5, 16])),
