@@ -6,8 +6,7 @@
     │   │   ├── PromptTooLong         more tokens than fit
     │   │   ├── NotSupported          a known parameter this version cannot honour
     │   │   └── TemplateError         the chat template refused the messages, or there is none
-    │   ├── UnknownModel              the `model` field names no served model
-    │   └── Unauthorized              missing or wrong API key
+    │   └── UnknownModel              the `model` field names no served model
     ├── Overloaded                    nobody: try again later
     ├── GenerationFailed              one request failed inside the engine; its neighbours go on
     └── OperatorError                 the person who runs the server must act
@@ -77,10 +76,6 @@ class UnknownModel(RequestError):
         super().__init__(f"model `{model}` is not served; served: {', '.join(f'`{name}`' for name in served)}")
         self.model = model
         self.served = served
-
-
-class Unauthorized(RequestError):
-    """The request carries no API key, or a wrong one."""
 
 
 class Overloaded(GyrfalconError):

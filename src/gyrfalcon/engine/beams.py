@@ -69,34 +69,74 @@ class Continuation:
     token_id: int
 
 
-class BeamSearch:
-    """One search of B beams over one prompt."""
+class _RunningBeams:
+    """What a search and a group of a diverse search have in common: beams that run, and how their scores are judged."""
 
     def __init__(
-        self, params: BeamParams, *, do_sample: bool, max_new_tokens: int, stop_token_ids: tuple[int, ...]
+        self,
+        params: BeamParams,
+        *,
+        num_beams: int,
+        first_beam: int,
+        max_new_tokens: int,
+        stop_token_ids: tuple[int, ...],
     ) -> None:
-        """do_sample: candidates are drawn, by their keys, instead of being the best."""
+        """first_beam: the place of these beams among all of the request's."""
         self._params = params
-        self._do_sample = do_sample
-        self._num_beams = params.num_beams
+        self._num_beams = num_beams
+        self._first_beam = first_beam
         self._max_new_tokens = max_new_tokens
         self._stop_token_ids = frozenset(stop_token_ids)
         self._length = 0  # generated tokens of the running beams
-        self._trails: list[Trail | None] = [None] * self._num_beams
-        self._scores_B = np.full(self._num_beams, NO_BEAM, dtype=np.float32)
+        self._trails: list[Trail | None] = [None] * num_beams
+        self._scores_B = np.full(num_beams, NO_BEAM, dtype=np.float32)
         self._scores_B[0] = 0.0
-        self._finished: list[Hypothesis] = []  # best first, at most B
-        self._is_improvable = True
 
     @property
     def num_candidates(self) -> int:
         """How many candidates each beam proposes: enough that B go on although all stop ids lead every beam."""
         return max(2, 1 + len(self._stop_token_ids)) * self._num_beams
 
+    def _best_candidates(self, proposals: list[Proposals], *, by_key: bool) -> list[tuple[np.float32, Trail]]:
+        """The best of all beams' proposals with their totals, ties by beam and id; by_key: in order of draw."""
+        beams = np.repeat(np.arange(len(proposals)), [len(own.ids_C) for own in proposals])
+        ids = np.concatenate([own.ids_C for own in proposals])
+        scores = np.concatenate([own.scores_C for own in proposals])
+        totals = scores + self._scores_B[beams]
+        keys = np.concatenate([own.keys_C for own in proposals]) + self._scores_B[beams] if by_key else totals
+        order = np.lexsort((ids, beams, -keys))[: self.num_candidates]
+        return [
+            (totals[i], Trail(self._trails[beams[i]], int(ids[i]), float(scores[i]), self._first_beam + int(beams[i])))
+            for i in order
+        ]
+
+    def _length_to_judge_by(self) -> int:
+        """The length at which running beams are compared with finished ones."""
+        never_stops = self._params.early_stopping is EarlyStopping.NEVER and self._params.length_penalty > 0
+        return self._max_new_tokens if never_stops else self._length
+
+
+class BeamSearch(_RunningBeams):
+    """One search of B beams over one prompt."""
+
+    def __init__(
+        self, params: BeamParams, *, do_sample: bool, max_new_tokens: int, stop_token_ids: tuple[int, ...]
+    ) -> None:
+        """do_sample: candidates are drawn, by their keys, instead of being the best."""
+        super().__init__(
+            params,
+            num_beams=params.num_beams,
+            first_beam=0,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+        )
+        self._do_sample = do_sample
+        self._finished: list[Hypothesis] = []  # best first, at most B
+        self._is_improvable = True
+
     def advance(self, proposals: list[Proposals]) -> list[Continuation]:
         """Take the beams' proposals, one entry a beam; the beams of the next step, none when the search has ended."""
-        candidates = _rank(proposals, self._trails, self._scores_B, by_key=self._do_sample)
-        candidates = candidates[: self.num_candidates]
+        candidates = self._best_candidates(proposals, by_key=self._do_sample)
         self._length += 1
         at_limit = self._length >= self._max_new_tokens
         ends = [at_limit or trail.token_id in self._stop_token_ids for _, trail in candidates]
@@ -134,13 +174,11 @@ class BeamSearch:
         """Whether a running beam could still be better than the worst finished one."""
         if len(self._finished) < self._num_beams:
             return True
-        never_stops = self._params.early_stopping is EarlyStopping.NEVER and self._params.length_penalty > 0
-        length = self._max_new_tokens if never_stops else self._length
-        best = self._scores_B[0] / _length_divisor(length, self._params.length_penalty)
+        best = self._scores_B[0] / _length_divisor(self._length_to_judge_by(), self._params.length_penalty)
         return bool(best > np.float32(self._finished[-1].score))
 
 
-class GroupSearch:
+class GroupSearch(_RunningBeams):
     """One group of a diverse search: w beams and a pool of finished hypotheses of its own."""
 
     def __init__(
@@ -152,30 +190,24 @@ class GroupSearch:
         padding_id: int,
         first_beam: int,
     ) -> None:
-        """padding_id: what the beams of a finished group go on with. first_beam: the group's place in the search."""
-        self._params = params
-        self._num_beams = params.num_beams // params.num_beam_groups
-        self._max_new_tokens = max_new_tokens
-        self._stop_token_ids = frozenset(stop_token_ids)
+        """padding_id: what the beams of a finished group go on with."""
+        super().__init__(
+            params,
+            num_beams=params.num_beams // params.num_beam_groups,
+            first_beam=first_beam,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+        )
         self._padding_id = padding_id
-        self._first_beam = first_beam
-        self._length = 0
-        self._trails: list[Trail | None] = [None] * self._num_beams
-        self._scores_B = np.full(self._num_beams, NO_BEAM, dtype=np.float32)
-        self._scores_B[0] = 0.0
         self._pool: list[Hypothesis] = []  # in the order in which they were added
         self.is_done = False
-
-    @property
-    def num_candidates(self) -> int:
-        return max(2, 1 + len(self._stop_token_ids)) * self._num_beams
 
     def advance(self, proposals: list[Proposals]) -> list[Continuation]:
         """Take the proposals of the group's beams; all its beams of the next step, numbered in the whole search."""
         self._length += 1
         if self.is_done:
             return [Continuation(self._first_beam + beam, self._padding_id) for beam in range(self._num_beams)]
-        candidates = _rank(proposals, self._trails, self._scores_B, by_key=False)[: self.num_candidates]
+        candidates = self._best_candidates(proposals, by_key=False)
         running: list[tuple[np.float32, Trail]] = []
         for rank, (total, trail) in enumerate(candidates):
             if trail.token_id not in self._stop_token_ids:
@@ -187,7 +219,7 @@ class GroupSearch:
         self._trails = [trail for _, trail in running]
         self._scores_B = np.array([total for total, _ in running], dtype=np.float32)
         self.is_done = self._judge_done(candidates[0][0])
-        return [Continuation(self._first_beam + trail.beam, trail.token_id) for _, trail in running]
+        return [Continuation(trail.beam, trail.token_id) for _, trail in running]
 
     def close(self) -> list[Hypothesis]:
         """At the end of the search: what the group has finished, running beams included if it was not done."""
@@ -210,9 +242,7 @@ class GroupSearch:
             return False
         if self._params.early_stopping is EarlyStopping.TRUE:
             return True
-        never_stops = self._params.early_stopping is EarlyStopping.NEVER and self._params.length_penalty > 0
-        length = self._max_new_tokens if never_stops else self._length
-        attainable: float = float(best_total) / length**self._params.length_penalty
+        attainable: float = float(best_total) / self._length_to_judge_by() ** self._params.length_penalty
         return min(one.score for one in self._pool) >= attainable
 
 
@@ -291,19 +321,6 @@ class Search:
 def make_search(request: EngineRequest) -> Search | None:
     """The search a request asks for, if it asks for one."""
     return None if request.beams is None else Search(request, request.beams)
-
-
-def _rank(
-    proposals: list[Proposals], trails: list[Trail | None], scores_B: Scores, *, by_key: bool
-) -> list[tuple[np.float32, Trail]]:
-    """All beams' proposals with their totals: best first, ties by beam and id; or by their keys, in order of draw."""
-    beams = np.repeat(np.arange(len(proposals)), [len(own.ids_C) for own in proposals])
-    ids = np.concatenate([own.ids_C for own in proposals])
-    scores = np.concatenate([own.scores_C for own in proposals])
-    totals = scores + scores_B[beams]
-    keys = np.concatenate([own.keys_C for own in proposals]) + scores_B[beams] if by_key else totals
-    order = np.lexsort((ids, beams, -keys))
-    return [(totals[i], Trail(trails[beams[i]], int(ids[i]), float(scores[i]), int(beams[i]))) for i in order]
 
 
 def _length_divisor(length: int, penalty: float) -> np.float32:
