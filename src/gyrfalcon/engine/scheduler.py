@@ -92,9 +92,7 @@ class Scheduler:
     @property
     def num_promised_tokens(self) -> int:
         """Tokens the running sequences hold at their longest."""
-        return sum(
-            group.num_live_choices * (group.num_prompt_tokens + group.request.max_new_tokens) for group in self._running
-        )
+        return sum(group.num_rows * (group.num_prompt_tokens + group.request.max_new_tokens) for group in self._running)
 
     # The step
 

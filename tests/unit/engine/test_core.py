@@ -287,6 +287,13 @@ def test_searches_in_a_short_cache_find_what_they_find_alone(
         assert together.scores.get(one.request_id) == alone.scores.get(one.request_id)
 
 
+def test_the_tokens_promised_to_a_search_are_those_of_all_its_beams() -> None:
+    run = Collector(make_core())
+    run.submit(request("beams", (1, 2, 3), 5, beams=BeamParams(num_beams=4)))
+    run.step()
+    assert run.core.stats().num_promised_tokens == 4 * (3 + 5)
+
+
 def test_preempted_searches_resume_with_the_same_result() -> None:
     searches = [request(str(i), (i, 2, 3), 20, beams=BeamParams(num_beams=4)) for i in range(4)]
     core = make_core(FakeExecutor(num_blocks=47, block_size=2), token_budget=20, max_rows=20)
