@@ -6,19 +6,23 @@ READY := $(VENV)/.ready
 # Arguments for the command at hand: make serve ARGS="--port 9000", make test ARGS="-k scheduler".
 ARGS ?=
 
-.PHONY: serve test clients lint format types imports bench constraints wheel clean
+.PHONY: serve native test sanitize clients lint format types imports bench constraints wheel clean
 
 # A few cores shared with other work are used best when each test stays on one of them.
-test clients: export OMP_NUM_THREADS ?= 1
+test sanitize clients: export OMP_NUM_THREADS ?= 1
 
-serve: $(READY)
+serve: $(READY) native
 	$(BIN)/gyrfalcon serve $(ARGS)
 
-test: $(READY)
+# The CPU kernels: compiles what has changed in csrc/, which takes a moment when nothing has.
+native:
+	$(PYTHON) tools/build_native.py
+
+test: $(READY) native
 	$(BIN)/python -m pytest -q $(ARGS)
 
 # Real clients, each in a small environment of its own under .venv-clients, against a running server.
-clients: $(READY)
+clients: $(READY) native
 	$(BIN)/python tools/client_environments.py
 	GYRFALCON_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -q tests/clients $(ARGS)
 
@@ -36,7 +40,7 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
-bench: $(READY)
+bench: $(READY) native
 	$(BIN)/gyrfalcon bench $(ARGS)
 
 wheel:
@@ -55,5 +59,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-clients build dist src/gyrfalcon/kernels/cpu/libgyrfalcon_cpu.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -131,7 +131,7 @@ def sampling_step(params: SamplingParams, logits: Tensor, num_tokens: int) -> Ca
         group = SequenceGroup(request, arrival_s=0.0, salt="")
         for token_id in text[num_tokens // 2 :]:
             group.sequences[0].append(token_id)
-        draws.append(Draw(row, group, group.sequences[0], 0))
+        draws.append(Draw(row, group, group.sequences[0].token_ids, 0))
     last_ids = ids[:, -1].astype(np.int32)
 
     @torch.inference_mode()

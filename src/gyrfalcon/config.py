@@ -21,10 +21,15 @@ from gyrfalcon.options import Kind, Option
 
 CONFIG_VARIABLE = "GYRFALCON_CONFIG"
 DEBUG_VARIABLE = "GYRFALCON_DEBUG"
+CPU_KERNELS_VARIABLE = "GYRFALCON_CPU_KERNELS"
+CPU_LIBRARY_VARIABLE = "GYRFALCON_CPU_LIBRARY"
+_OTHER_VARIABLES = (CONFIG_VARIABLE, DEBUG_VARIABLE, CPU_KERNELS_VARIABLE, CPU_LIBRARY_VARIABLE)
 DEFAULT_FILE = Path("gyrfalcon.toml")
 
 MODEL = "Model"
 SERVER = "Server"
+ACCESS = "Access"
+CONNECTIONS = "Connections"
 LIMITS = "Limits of a request"
 MEMORY = "Batching and memory"
 WATERMARK = "Watermark"
@@ -80,6 +85,13 @@ class Settings:
         "Precision of weights and cache; auto takes the checkpoint's.",
         variables=("DTYPE",),
     )
+    quantize: Literal["int8", "int4", "gptq", "awq", "compressed-tensors"] | None = _setting(
+        None,
+        options.optional(options.one_of("int8", "int4", "gptq", "awq", "compressed-tensors"), "none"),
+        MODEL,
+        "Make codes of 8 or 4 bits of the weights; or name how the checkpoint stores its own, which is found anyway.",
+        variables=("QUANTIZE",),
+    )
     device: Literal["auto", "cpu", "cuda"] = _setting(
         "auto", options.one_of("auto", "cpu", "cuda"), MODEL, "Where the model runs; auto takes a GPU if there is one."
     )
@@ -124,13 +136,11 @@ class Settings:
     port: int = _setting(
         8080, options.whole(1, 65535), SERVER, "Port to listen on.", flags=("-p",), variables=("PORT",)
     )
-    api_key: tuple[str, ...] = _setting(
-        (),
-        options.listing(),
-        SERVER,
-        "Key that requests must carry as a Bearer token; several may be given.",
-        variables=("API_KEY",),
-        secret=True,
+    tls_certificate: Path | None = _setting(
+        None, options.optional(options.path()), SERVER, "PEM file of the certificate chain; HTTPS instead of HTTP."
+    )
+    tls_key: Path | None = _setting(
+        None, options.optional(options.path()), SERVER, "PEM file of the certificate's key, if not in the same file."
     )
     cors_allow_origin: tuple[str, ...] = _setting(
         (),
@@ -141,6 +151,9 @@ class Settings:
     )
     payload_limit: int = _setting(
         2_000_000, options.whole(1), SERVER, "Most bytes of a request's body.", variables=("PAYLOAD_LIMIT",)
+    )
+    drain_delay: int = _setting(
+        0, options.whole(0, 3600), SERVER, "Seconds to go on serving after SIGTERM, not ready, before new work ends."
     )
     graceful_termination_timeout: int = _setting(
         45,
@@ -184,6 +197,72 @@ class Settings:
         "Run the engine in a supervised process of its own, or in the server's.",
     )
 
+    api_key: tuple[str, ...] = _setting(
+        (),
+        options.listing(),
+        ACCESS,
+        "Key that requests must carry as a Bearer token; several may be given.",
+        variables=("API_KEY",),
+        secret=True,
+    )
+    api_key_file: Path | None = _setting(
+        None,
+        options.optional(options.path()),
+        ACCESS,
+        "File of keys, a line each: name, key or sha256:HEX, its own limits; read again when it changes.",
+    )
+    key_max_concurrent_requests: int | None = _setting(
+        None, options.optional(options.whole(1), "none"), ACCESS, "Most requests of a key at the same time."
+    )
+    key_requests_per_minute: int | None = _setting(
+        None, options.optional(options.whole(1), "none"), ACCESS, "Most requests of a key in a minute."
+    )
+    key_max_queued_tokens: int | None = _setting(
+        None, options.optional(options.whole(1), "none"), ACCESS, "Most prompt tokens of a key's waiting requests."
+    )
+    open_metrics: bool = _setting(False, options.switch(), ACCESS, "Answer /metrics without a key too.")
+    admin_port: int | None = _setting(
+        None,
+        options.optional(options.whole(1, 65535), "none"),
+        ACCESS,
+        "Port of 127.0.0.1 for flushing the cache, reading keys again and draining; off if absent.",
+    )
+
+    max_connections: int = _setting(
+        1000, options.whole(1, 1_000_000), CONNECTIONS, "Most connections at once; beyond it they get a 503."
+    )
+    max_connections_per_address: int | None = _setting(
+        None,
+        options.optional(options.whole(1), "none"),
+        CONNECTIONS,
+        "Most connections of one address; not for use behind a proxy.",
+    )
+    header_timeout: float = _setting(
+        10.0, options.number(0, 3600, above=True), CONNECTIONS, "Seconds for a request's headers to arrive."
+    )
+    body_timeout: float = _setting(
+        30.0, options.number(0, 3600, above=True), CONNECTIONS, "Seconds for a request's body to arrive."
+    )
+    idle_timeout: float = _setting(
+        5.0, options.number(0, 3600, above=True), CONNECTIONS, "Seconds a connection is kept between requests."
+    )
+    stall_timeout: float = _setting(
+        60.0,
+        options.number(0, 3600, above=True),
+        CONNECTIONS,
+        "Seconds after which a client that reads nothing is cut.",
+    )
+    ping_interval: float = _setting(
+        10.0,
+        options.number(0, 3600, above=True),
+        CONNECTIONS,
+        "Seconds of silence after which a stream gets a comment.",
+    )
+    max_header_bytes: int = _setting(
+        32 * 1024, options.whole(1024, 60_000), CONNECTIONS, "Most bytes of a request's headers together."
+    )
+    max_header_fields: int = _setting(100, options.whole(10, 10_000), CONNECTIONS, "Most header fields of a request.")
+
     max_concurrent_requests: int = _setting(
         128,
         options.whole(1),
@@ -191,12 +270,36 @@ class Settings:
         "Sequences in work at once; beyond it requests are refused as overload.",
         variables=("MAX_CONCURRENT_REQUESTS",),
     )
+    queue_timeout: float = _setting(
+        30.0, options.number(0, 86400, above=True), LIMITS, "Seconds a request may wait before it begins."
+    )
+    max_queued_tokens: int | None = _setting(
+        None,
+        options.optional(options.whole(1), "auto"),
+        LIMITS,
+        "Most prompt tokens of all waiting requests; four times what the KV cache holds if absent.",
+    )
+    max_json_depth: int = _setting(
+        64, options.whole(8, 500), LIMITS, "Most arrays and objects within each other in a body."
+    )
+    max_json_digits: int = _setting(100, options.whole(20, 4000), LIMITS, "Most digits of a number in a body.")
+    max_prompts: int = _setting(32, options.whole(1, 1024), LIMITS, "Most prompts of a request.")
+    max_messages: int = _setting(1024, options.whole(1), LIMITS, "Most messages of a conversation.")
+    max_characters_per_token: int = _setting(
+        16, options.whole(1, 1024), LIMITS, "Characters of a prompt that are tokenised for each token that could fit."
+    )
+    max_return_sequences: int = _setting(8, options.whole(1), LIMITS, "Most sequences that a request gets back.")
     max_best_of: int = _setting(
         4, options.whole(1), LIMITS, "Largest best_of of a request.", variables=("MAX_BEST_OF",)
     )
     max_stop_sequences: int = _setting(
         8, options.whole(0), LIMITS, "Most stop strings of a request.", variables=("MAX_STOP_SEQUENCES",)
     )
+    max_stop_length: int = _setting(256, options.whole(1), LIMITS, "Most characters of a stop string.")
+    max_biased_phrases: int = _setting(
+        300, options.whole(0, 10_000), LIMITS, "Most entries of a request's sequence_bias."
+    )
+    max_bad_words: int = _setting(1000, options.whole(0, 10_000), LIMITS, "Most entries of a request's bad_words_ids.")
     max_top_n_tokens: int = _setting(
         20, options.whole(0), LIMITS, "Largest top_n_tokens of a request.", variables=("MAX_TOP_N_TOKENS",)
     )
@@ -220,6 +323,13 @@ class Settings:
         options.optional(options.whole(1), "fill", "0"),
         LIMITS,
         "New tokens when a request does not say; `fill` uses what room is left.",
+    )
+
+    template_timeout: float = _setting(
+        1.0, options.number(0, 60, above=True), LIMITS, "Seconds a chat template may take for a conversation."
+    )
+    template_output_limit: int = _setting(
+        2**20, options.whole(1, 2**26), LIMITS, "Most characters a chat template may write for a conversation."
     )
 
     max_batch_size: int = _setting(
@@ -256,6 +366,19 @@ class Settings:
         "Reuse the cache of earlier prompts that begin alike.",
         variables=("PREFIX_CACHING",),
     )
+    speculate: int = _setting(
+        0,
+        options.whole(0, 64),
+        MEMORY,
+        "Most tokens of a sequence run ahead in a step, where its own text suggests them; the text stays the same.",
+        variables=("SPECULATE",),
+    )
+    packed_cache: str = _setting(
+        "auto",
+        options.text(),
+        MEMORY,
+        "Folder for weights in the form that the CPU kernels read, or `off`; beside the checkpoint if absent.",
+    )
     num_threads: int | None = _setting(
         None, options.optional(options.whole(1, 4096), "auto"), MEMORY, "CPU threads of the model; all cores if absent."
     )
@@ -285,6 +408,7 @@ class Settings:
         "Least severity that is logged.",
         variables=("LOG_LEVEL",),
     )
+    log_prompts: bool = _setting(False, options.switch(), LOGS, "Log each request's prompt with its line.")
     otlp_endpoint: str | None = _setting(
         None,
         options.optional(options.text()),
@@ -391,7 +515,7 @@ def _read_file(path: Path) -> dict[str, object]:
 
 def _check_names(environ: Mapping[str, str]) -> None:
     """Refuse a misspelt GYRFALCON_ variable, which would otherwise be dropped in silence."""
-    known = [option.variables[0] for option in OPTIONS] + [CONFIG_VARIABLE, DEBUG_VARIABLE]
+    known = [option.variables[0] for option in OPTIONS] + list(_OTHER_VARIABLES)
     for name in environ:
         if name.startswith("GYRFALCON_") and name not in known and not _SERVICE_LINK.match(name):
             # Cut the prefix that all share, or any two names would look alike.
@@ -461,6 +585,8 @@ def _check_relations(settings: Settings) -> None:
         raise SettingsError("--max-total-tokens", f"{total} exceeds --max-batch-total-tokens ({cache})")
     if settings.chat_template is not None and settings.tokenizer_config_path is not None:
         raise SettingsError("--chat-template", "replaces the chat template, as does --tokenizer-config-path; give one")
+    if settings.admin_port == settings.port:
+        raise SettingsError("--admin-port", f"{settings.port} is the server's own port; choose another")
     sizes = {
         "--max-batch-total-tokens": settings.max_batch_total_tokens,
         "--kv-cache-memory": settings.kv_cache_memory,

@@ -8,6 +8,7 @@
     │   │   └── TemplateError         the chat template refused the messages, or there is none
     │   └── UnknownModel              the `model` field names no served model
     ├── Overloaded                    nobody: try again later
+    │   └── QueueTimeout              the request waited too long before it began
     ├── GenerationFailed              one request failed inside the engine; its neighbours go on
     └── OperatorError                 the person who runs the server must act
         ├── SettingsError             a flag, variable or file entry is wrong
@@ -87,6 +88,10 @@ class Overloaded(GyrfalconError):
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueTimeout(Overloaded):
+    """The request waited for its turn as long as it may; nothing of it was computed."""
 
 
 class GenerationFailed(GyrfalconError):

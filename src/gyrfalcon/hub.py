@@ -69,6 +69,11 @@ def describe_source(model: str) -> str:
     return f"the folder {folder}" if folder is not None else f"the Hub checkpoint {_hub_id(model)}"
 
 
+def hub_source(model: str) -> str | None:
+    """The Hub id that `model` stands for; None where it is a folder or the bundled checkpoint. Raises ModelLoadError."""
+    return None if _local_folder(model) is not None else _hub_id(model)
+
+
 def _local_folder(model: str) -> Path | None:
     path = Path(model).expanduser()
     # A folder that only happens to be called like a preset does not hide it.

@@ -25,9 +25,14 @@ NUM_LENGTH_BUCKETS = 100
 LARGEST_SLICE_TOKENS = 1024
 LAG_INTERVAL_S = 0.25
 
-FAILURES = ("validation", "overloaded", "generation", "incomplete", "dropped", "template")
+FAILURES = ("validation", "overloaded", "generation", "incomplete", "dropped", "template", "queue_timeout")
 ABORTS = ("disconnect", "stall", "shutdown")
-REJECTIONS = ("validation", "template", "overloaded", "malformed", "unauthorized")
+REJECTIONS = (
+    *("validation", "template", "overloaded", "queue_timeout", "malformed", "unauthorized"),
+    *("key_concurrency", "key_rate", "draining"),
+)
+# Why the server itself ended a connection, or did not begin with it.
+CUTS = ("too_many", "too_many_of_address", "headers_too_large", "header_timeout", "body_timeout", "stall")
 METHODS = ("prefill", "decode")
 # Requests join at any step; the other reasons of TGI's are those of batches that wait for each other.
 CONCAT_REASON = "chunking"
@@ -57,6 +62,10 @@ class EngineReading(Protocol):
     @property
     def decode_tokens(self) -> int: ...
     @property
+    def draft_tokens(self) -> int: ...
+    @property
+    def accepted_tokens(self) -> int: ...
+    @property
     def last_step_s(self) -> float: ...
     @property
     def peak_memory_bytes(self) -> int: ...
@@ -73,6 +82,8 @@ class StepMeasures(Protocol):
     def num_admitted(self) -> int: ...
     @property
     def has_succeeded(self) -> bool: ...
+    @property
+    def num_accepted_tokens(self) -> Sequence[int]: ...
     @property
     def schedule_s(self) -> float: ...
     @property
@@ -103,9 +114,6 @@ class Metrics:
         self._per_token = self._durations(
             "tgi_request_mean_time_per_token_duration", "Seconds of inference per generated token"
         )
-        self._skipped = self._histogram(
-            "tgi_request_skipped_tokens", "Tokens of a request that speculation guessed", SKIPPED_TOKENS_BUCKETS
-        )
         self._lengths: _Lengths | None = None
         self._aborts = self._counters(
             "gyrfalcon_aborts", "Requests ended before their answer was whole, by cause", "cause", ABORTS
@@ -113,11 +121,25 @@ class Metrics:
         self._rejections = self._counters(
             "gyrfalcon_rejected", "Requests refused before any work, by cause", "cause", REJECTIONS
         )
+        self._cuts = self._counters(
+            "gyrfalcon_connections_cut", "Connections that the server ended or refused, by cause", "cause", CUTS
+        )
+        self._connections = Gauge("gyrfalcon_connections", "Open connections", registry=self.registry)
+        self._queued_requests = Gauge(
+            "gyrfalcon_queued_requests", "Requests that wait for the engine", ["model"], registry=self.registry
+        )
+        self._queued_tokens = Gauge(
+            "gyrfalcon_queued_tokens", "Prompt tokens of the requests that wait", ["model"], registry=self.registry
+        )
+        self._key_reloads = self._counters(
+            "gyrfalcon_key_reloads", "Times that the file of API keys was read again", "result", ("success", "failure")
+        )
         self._first_token = self._durations(
             "gyrfalcon_time_to_first_token_seconds", "Seconds from arrival to the first token"
         )
-        # Observed for every token, which the library's own histogram would make felt.
-        self._gaps = _GapHistogram("gyrfalcon_inter_token_seconds", "Seconds between tokens of a request", GAP_BUCKETS)
+        self._gaps = _FrequentHistogram(
+            "gyrfalcon_inter_token_seconds", "Seconds between tokens of a request", GAP_BUCKETS
+        )
         self.registry.register(self._gaps)
         self._lag = self._histogram(
             "gyrfalcon_event_loop_lag_seconds", "Seconds by which the event loop woke late", LAG_BUCKETS
@@ -146,6 +168,26 @@ class Metrics:
             await asyncio.sleep(LAG_INTERVAL_S)
             self._lag.observe(max(loop.time() - due, 0.0))
 
+    def queue_watcher(self, model: str) -> Callable[[int, int], None]:
+        """What to tell how many requests and prompt tokens wait for this model's engine."""
+        requests, tokens = self._queued_requests.labels(model), self._queued_tokens.labels(model)
+
+        def watch(num_requests: int, num_tokens: int) -> None:
+            requests.set(num_requests)
+            tokens.set(num_tokens)
+
+        return watch
+
+    def connections_open(self, count: int) -> None:
+        self._connections.set(count)
+
+    def connection_cut(self, cause: str) -> None:
+        """The server ended a connection, or refused it: one of CUTS."""
+        self._cuts[cause].inc()
+
+    def keys_reloaded(self, *, succeeded: bool) -> None:
+        self._key_reloads["success" if succeeded else "failure"].inc()
+
     def request_begins(self) -> None:
         self._count.inc()
 
@@ -172,7 +214,6 @@ class Metrics:
         self._success.inc()
         self._duration.observe(record.total_s)
         self._lengths.generated.observe(record.num_generated_tokens)
-        self._skipped.observe(0)  # nothing is speculated: every token is computed
         if record.validation_s is not None:
             self._validation.observe(record.validation_s)
         if record.queue_s is not None:
@@ -192,7 +233,7 @@ class Metrics:
         self._aborts[cause].inc()
 
     def request_rejected(self, cause: str) -> None:
-        """A request was turned away before the service saw it: `malformed` or `unauthorized`."""
+        """A request was turned away before the service saw it: one of REJECTIONS."""
         self._rejections[cause].inc()
 
     def step_ended(self, step: StepMeasures) -> None:
@@ -265,6 +306,12 @@ class _StepMetrics:
         self._next_size = Histogram(
             "tgi_batch_next_size", "Requests that began in a step", buckets=BATCH_SIZE_BUCKETS, registry=registry
         )
+        self._skipped = _FrequentHistogram(
+            "tgi_request_skipped_tokens",
+            "Tokens beyond the first that speculation gave a sequence in a step",
+            SKIPPED_TOKENS_BUCKETS,
+        )
+        registry.register(self._skipped)
         self._step_s = Histogram(
             "gyrfalcon_step_seconds", "Seconds of a step", buckets=DURATION_BUCKETS, registry=registry
         )
@@ -287,10 +334,16 @@ class _StepMetrics:
         self._decode[method].observe(step.sample_s)
         self._filter[method].observe(step.commit_s)
         self._step_s.observe(whole_s)
+        self._skipped.observe(0, step.num_decode_rows - len(step.num_accepted_tokens))
+        for count in step.num_accepted_tokens:
+            self._skipped.observe(count)
 
 
-class _GapHistogram:
-    """A histogram that costs a fraction of a microsecond an observation. One thread observes."""
+class _FrequentHistogram:
+    """A histogram that costs a fraction of a microsecond an observation, so that every token can be observed.
+
+    One thread observes.
+    """
 
     def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
         self._name = name
@@ -299,9 +352,9 @@ class _GapHistogram:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def collect(self) -> Iterable[Metric]:
         buckets, total = [], 0
@@ -333,6 +386,8 @@ class _EngineCollector:
         ("gyrfalcon_prefix_query_tokens", "Prompt tokens looked up in the prefix cache", "prefix_query_tokens"),
         ("gyrfalcon_prefill_tokens", "Prompt tokens computed", "prefill_tokens"),
         ("gyrfalcon_decode_tokens", "Tokens generated", "decode_tokens"),
+        ("gyrfalcon_draft_tokens", "Tokens run by speculation, ahead of being drawn", "draft_tokens"),
+        ("gyrfalcon_accepted_tokens", "Tokens run by speculation that were then drawn", "accepted_tokens"),
     )
 
     def __init__(self, read: Callable[[], Mapping[str, EngineReading]]) -> None:

@@ -80,7 +80,7 @@ class RequestRecord:
     """
 
     request_id: str
-    outcome: str  # "success", or a failure: validation, overloaded, generation, incomplete, dropped, template
+    outcome: str  # "success", or a failure: one of `metrics.FAILURES`
     requested_model: str | None  # the name the caller sent
     model: str | None  # the name of the one that ran
     is_chat: bool
@@ -94,6 +94,8 @@ class RequestRecord:
     first_token_s: float | None
     total_s: float
     trace_headers: tuple[tuple[str, str], ...] = ()
+    caller: str | None = None  # the API key's name
+    prompt: str | None = None  # only where the operator wants prompts in the log
 
     @property
     def inference_s(self) -> float | None:
@@ -104,12 +106,13 @@ class RequestRecord:
 
 
 def log_request(record: RequestRecord, trace_id: str | None = None) -> None:
-    """One line for a finished request: sizes, times and outcome, none of its text."""
+    """One line for a finished request: sizes, times and outcome; its text only where the record has it."""
     fields = {
         "request_id": record.request_id,
         "trace_id": trace_id,
         "outcome": record.outcome,
         "served_model": record.model,
+        "api_key": record.caller,
         "prompt_tokens": record.num_prompt_tokens,
         "generated_tokens": record.num_generated_tokens,
         "finish_reason": record.finish_reason,
@@ -118,6 +121,7 @@ def log_request(record: RequestRecord, trace_id: str | None = None) -> None:
         "first_token_s": record.first_token_s,
         "inference_s": record.inference_s,
         "total_s": record.total_s,
+        "prompt": record.prompt,
     }
     shown = {
         name: round(value, 4) if isinstance(value, float) else value

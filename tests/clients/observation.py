@@ -25,6 +25,7 @@ PROMPT = "Return the number of"
 MAX_CONCURRENT_REQUESTS = 4
 SERVER_ARGUMENTS = (
     *("--api-key", KEY),
+    "--open-metrics",
     *("--max-concurrent-requests", str(MAX_CONCURRENT_REQUESTS)),
     *("--max-total-tokens", "800"),
 )

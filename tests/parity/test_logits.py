@@ -14,7 +14,9 @@ import transformers
 from torch import Tensor
 
 import gyrfalcon
-from gyrfalcon.kernels.reference import ReferenceOps
+from gyrfalcon.config import CPU_KERNELS_VARIABLE
+from gyrfalcon.kernels.cpu.library import available_kinds
+from gyrfalcon.kernels.select import select_ops
 from gyrfalcon.models.decoder import CausalLM
 from gyrfalcon.models.registry import load_model
 from gyrfalcon.testing.checkpoints import FORMS, VOCAB_SIZE
@@ -25,7 +27,17 @@ NUM_TOKENS = 560
 TOLERANCE = 1e-4
 EYAS = Path(gyrfalcon.__file__).parent / "eyas"
 
+BLOCK_SIZE = 32
+THREADS = 2  # of the kernels: with one, nothing could go wrong between them
+
 Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture(params=["off", *available_kinds()])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Plain PyTorch, or one of the kinds of kernels that this processor runs."""
+    monkeypatch.setenv(CPU_KERNELS_VARIABLE, request.param)
+    return str(request.param)
 
 
 def random_ids(num_sequences: int, vocab_size: int = VOCAB_SIZE) -> list[Tensor]:
@@ -43,14 +55,15 @@ def reference_logits(folder: Path, ids_L: Tensor, dtype: str = "float32") -> Ten
 
 
 def load(folder: Path, dtype: str = "float32") -> CausalLM:
-    return load_model(folder, dtype=dtype, device="cpu", ops=ReferenceOps())
+    ops = select_ops("cpu", block_size=BLOCK_SIZE, num_threads=THREADS)
+    return load_model(folder, dtype=dtype, device="cpu", ops=ops)
 
 
 def run(model: CausalLM, sequences: list[Tensor], steps: Iterable[Mapping[int, int]]) -> list[Tensor]:
     """Logits of every token of each sequence, when each step runs the next so many tokens of some of them."""
     spec = model.spec
-    paged = PagedRows(len(sequences), NUM_TOKENS, block_size=16)
-    caches = paged.empty_caches(spec.num_layers, spec.num_kv_heads, spec.head_size, model.dtype)
+    paged = PagedRows(len(sequences), NUM_TOKENS, block_size=BLOCK_SIZE)
+    caches = paged.empty_caches(spec.num_layers, spec.num_kv_heads, spec.head_size, model.cache_dtype)
     found: list[list[Tensor]] = [[] for _ in sequences]
     for counts in steps:
         starts = {row: paged.lengths[row] for row in counts}
@@ -86,7 +99,7 @@ def test_the_chunks_used_here_cover_every_token() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_are_those_of_transformers_in_one_chunk_in_many_and_token_by_token(
-    form: str, checkpoint: Checkpoints
+    form: str, checkpoint: Checkpoints, kernels: str
 ) -> None:
     # transformers reads the old spellings only by running code from the repository: it gets the native one.
     expected_LV = reference_logits(checkpoint(form.removesuffix("-legacy")), random_ids(1)[0])
@@ -105,7 +118,9 @@ def test_logits_are_those_of_transformers_in_one_chunk_in_many_and_token_by_toke
 
 
 @pytest.mark.parametrize("form", ["falcon-7b", "falcon-40b", "falcon-rw", "llama-biased"])
-def test_in_bfloat16_the_error_is_no_larger_than_that_of_transformers(form: str, checkpoint: Checkpoints) -> None:
+def test_in_bfloat16_the_error_is_no_larger_than_that_of_transformers(
+    form: str, checkpoint: Checkpoints, kernels: str
+) -> None:
     folder, ids_L = checkpoint(form), random_ids(1)[0]
     exact_LV = reference_logits(folder, ids_L)
     their_error = (reference_logits(folder, ids_L, "bfloat16") - exact_LV).square().mean().sqrt()
@@ -116,7 +131,26 @@ def test_in_bfloat16_the_error_is_no_larger_than_that_of_transformers(form: str,
     assert 0 < our_error < 1.1 * their_error
 
 
-def test_the_bundled_model_has_the_logits_of_transformers() -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("form", ["falcon-7b", "falcon-11b", "falcon-rw", "llama"])
+def test_the_kernels_give_the_same_bits_in_any_batch_and_any_chunks_also_in_16_bits(
+    form: str, dtype: str, checkpoint: Checkpoints, kernels: str
+) -> None:
+    if kernels == "off":
+        pytest.skip("plain PyTorch promises this in float32 only")
+    model = load(checkpoint(form), dtype)
+    sequences = random_ids(3)
+
+    at_once = run(model, sequences, whole(3))
+    in_chunks = run(model, sequences, random_chunks(3, seed=11))
+    token_by_token = run(model, sequences[:1], [{0: NUM_TOKENS - 40}, *([{0: 1}] * 40)])
+
+    for one, other in zip(at_once, in_chunks, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(at_once[0], token_by_token[0])
+
+
+def test_the_bundled_model_has_the_logits_of_transformers(kernels: str) -> None:
     model = load(EYAS)
     sequences = random_ids(2, model.spec.vocab_size)
 

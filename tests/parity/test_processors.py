@@ -110,7 +110,7 @@ def columns_of(cases: list[tuple[EngineRequest, list[int]]], keep: int = 1) -> S
         group = SequenceGroup(request, arrival_s=0.0, salt="")
         for token_id in generated:
             group.sequences[0].append(token_id)
-        draws.append(Draw(row, group, group.sequences[0], 0))
+        draws.append(Draw(row, group, group.sequences[0].token_ids, 0))
     columns = gather_samples(draws)
     columns.keep_S[:] = keep
     return columns

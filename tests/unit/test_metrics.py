@@ -34,6 +34,7 @@ class Step:
     num_decode_rows: int = 3
     num_admitted: int = 0
     has_succeeded: bool = True
+    num_accepted_tokens: tuple[int, ...] = ()
     schedule_s: float = 0.01
     forward_s: float = 0.5
     sample_s: float = 0.04
@@ -65,7 +66,6 @@ class TestRequests:
             "tgi_request_generated_tokens": 10,
             "tgi_request_input_length": 5,
             "tgi_request_max_new_tokens": 20,
-            "tgi_request_skipped_tokens": 0,
         }.items():
             assert sample(metrics, f"{name}_sum") == pytest.approx(total), name
             assert sample(metrics, f"{name}_count") == 1, name
@@ -113,6 +113,14 @@ class TestSteps:
         for name, count in {"count": 1, "success": 1, "failure": 0}.items():
             assert sample(metrics, f"tgi_batch_inference_{name}_total", method=method) == count
         assert sample(metrics, "gyrfalcon_step_seconds_sum") == pytest.approx(0.57)
+
+    def test_what_speculation_gave_is_observed_for_every_sequence_of_a_step(self, metrics: Metrics) -> None:
+        metrics.step_ended(Step())
+        metrics.step_ended(Step(num_accepted_tokens=(0, 4)))
+        metrics.step_ended(Step(num_accepted_tokens=(), has_succeeded=False))
+        name = "tgi_request_skipped_tokens"
+        assert [sample(metrics, f"{name}_bucket", le=bound) for bound in ("0.0", "3.0", "4.0", "+Inf")] == [5, 5, 6, 6]
+        assert sample(metrics, f"{name}_sum") == 4
 
     def test_a_failed_step_is_counted_and_not_measured(self, metrics: Metrics) -> None:
         metrics.step_ended(Step(has_succeeded=False))

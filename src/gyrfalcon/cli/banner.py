@@ -17,7 +17,7 @@ _HERE = ("127.0.0.1", "::1", "localhost")
 
 def render_banner(settings: Settings, model: ModelInfo) -> str:
     """The banner's lines; secrets are named, never shown."""
-    url = f"http://{_authority(settings)}"
+    url = f"{'http' if settings.tls_certificate is None else 'https'}://{_authority(settings)}"
     rows = [
         ("model", f"{model.name} ({_count(model.num_parameters)} parameters, {model.dtype} on {model.device})"),
         ("address", f"{url}{_reach(settings)}"),
@@ -36,7 +36,7 @@ def render_banner(settings: Settings, model: ModelInfo) -> str:
 def _curl(settings: Settings, url: str) -> list[str]:
     body = orjson.dumps({"inputs": "Return the number of", "parameters": {"max_new_tokens": 20}}).decode()
     parts = [f"curl {url}/generate", "-H 'Content-Type: application/json'"]
-    if settings.api_key:
+    if settings.api_key or settings.api_key_file is not None:
         parts.append("-H 'Authorization: Bearer YOUR_KEY'")
     parts.append(f"-d {shlex.quote(body)}")
     return [" \\\n    ".join(parts)]
@@ -61,6 +61,8 @@ def _reach(settings: Settings) -> str:
 
 def _access(settings: Settings) -> str:
     num_keys = len(settings.api_key)
+    if settings.api_key_file is not None:
+        return f"with an API key ({num_keys} known, and those of {settings.api_key_file})"
     if num_keys:
         return f"with an API key ({num_keys} known)"
     if settings.host in _HERE:

@@ -14,6 +14,7 @@ from gyrfalcon import __version__, hub
 from gyrfalcon.cli.listener import claim
 from gyrfalcon.config import Settings
 from gyrfalcon.errors import OperatorError
+from gyrfalcon.kernels.cpu import library
 
 _GIB = 1024**3
 # What speeds up matrix products on a CPU, as Linux spells it.
@@ -26,6 +27,10 @@ def doctor(settings: Settings) -> None:
         print(f"{name:<13} {text}")
 
     problems = []
+    try:
+        print(f"{'kernels':<13} {library.describe()}")
+    except OperatorError as error:
+        problems.append(error)
     try:
         print(f"{'model':<13} {hub.describe_source(settings.model)}")
     except OperatorError as error:

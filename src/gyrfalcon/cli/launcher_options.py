@@ -57,9 +57,6 @@ _JOINING = "waiting requests join at every step, as soon as the cache and --max-
 _NO_TUNNEL = "no tunnel is opened"
 _NO_SHARDS = "there are no shards to talk to"
 _HUB = "Read by the Hugging Face Hub library."
-_QUANTISATIONS = """
-    none awq compressed-tensors eetq exl2 gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4 fp8
-""".split()
 
 LAUNCHER_OPTIONS: tuple[ForeignOption, ...] = (
     honoured(
@@ -81,15 +78,14 @@ LAUNCHER_OPTIONS: tuple[ForeignOption, ...] = (
         remedy="set it to 1, and run one server for each device",
         platform=("SM_NUM_GPUS",),
     ),
-    refused(
+    honoured(
         "--quantize",
-        options.one_of(*_QUANTISATIONS),
-        "weights are served in the precision of --dtype",
-        "none",
-        remedy="leave it out, and serve the checkpoint that is not quantised",
+        "quantize",
+        note="How the checkpoint stores its weights (gptq, awq, compressed-tensors; found without it too), or int8 or "
+        "int4 to quantise it while it is loaded. The others are refused: no kernels read them.",
         platform=("HF_MODEL_QUANTIZE",),
     ),
-    no_effect("--speculate", options.whole(0), "one token is generated a step; the text is the same without it", 0),
+    honoured("--speculate", "speculate"),
     honoured("--dtype", "dtype"),
     refused(
         "--kv-cache-dtype",

@@ -10,8 +10,11 @@ import typer
 
 from gyrfalcon.cli.bench import BENCH_OPTIONS, bench
 from gyrfalcon.cli.doctor import doctor
+from gyrfalcon.cli.download import DOWNLOAD_OPTIONS, download
+from gyrfalcon.cli.fit import fit
 from gyrfalcon.cli.flags import command_with_settings, print_version
 from gyrfalcon.cli.generate import GENERATE_OPTIONS, generate
+from gyrfalcon.cli.k8s import k8s
 from gyrfalcon.cli.kaito import KaitoCommand, kaito_command
 from gyrfalcon.cli.launcher import launcher_command
 from gyrfalcon.cli.models import models
@@ -38,6 +41,9 @@ app.command()(command_with_settings(generate, GENERATE_OPTIONS))
 app.command()(with_own_exit_codes(command_with_settings(detect, DETECT_OPTIONS)))
 app.command()(command_with_settings(watermark_calibrate, CALIBRATE_OPTIONS))
 app.command()(models)
+app.command()(fit)
+app.command()(command_with_settings(download, DOWNLOAD_OPTIONS, positional=True))
+app.command()(k8s)
 app.command()(command_with_settings(bench, BENCH_OPTIONS))
 app.command()(command_with_settings(doctor, OPTIONS, positional=True))
 

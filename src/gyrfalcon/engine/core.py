@@ -30,6 +30,8 @@ class CoreLimits:
     token_budget: int = 512  # tokens computed in a step
     max_rows: int = 64  # sequences in the batch
     prefix_caching: bool = True  # share computed prefixes between requests
+    max_draft_tokens: int = 0  # longest draft of a sequence in a step; 0 speculates on nothing
+    step_cost_tokens: int = 16  # what a step costs besides its tokens, in tokens: see `speculation.least_chance`
 
 
 @dataclass(slots=True)
@@ -75,12 +77,18 @@ class EngineCore:
         self._clock = clock
         self._pool = BlockPool(found.num_blocks, found.block_size)
         self._scheduler = Scheduler(
-            self._pool, token_budget=max(limits.token_budget, limits.max_rows), max_rows=limits.max_rows
+            self._pool,
+            token_budget=max(limits.token_budget, limits.max_rows),
+            max_rows=limits.max_rows,
+            max_draft_tokens=limits.max_draft_tokens,
+            step_cost_tokens=limits.step_cost_tokens,
         )
         self._groups: dict[str, SequenceGroup] = {}
         self._num_steps = 0
         self._prefill_tokens = 0
         self._decode_tokens = 0
+        self._draft_tokens = 0
+        self._accepted_tokens = 0
         self._last_step_s = 0.0
 
     @property
@@ -123,22 +131,26 @@ class EngineCore:
         if rows:
             num_admitted = _mark_started(rows, started_s)
             num_decode_rows = sum(row.is_decoding for row in rows)
+            num_draft_tokens = sum(len(row.draft_ids) for row in rows)
             plan = gather_plan(rows)
             planned_s = self._clock()
             result = self._execute(plan, rows, outcome)
             executed_s = self._clock()
-            if result is not None:
-                self._commit(plan, rows, result, outcome)
+            num_accepted_tokens = [] if result is None else self._commit(plan, rows, result, outcome)
             outcome.step = StepReading(
-                num_prefill_tokens=len(plan.token_ids_T) - num_decode_rows,
+                num_prefill_tokens=len(plan.token_ids_T) - num_decode_rows - num_draft_tokens,
                 num_decode_rows=num_decode_rows,
                 num_admitted=num_admitted,
                 has_succeeded=result is not None,
+                num_draft_tokens=num_draft_tokens,
+                num_accepted_tokens=tuple(num_accepted_tokens),
                 schedule_s=planned_s - started_s,
                 forward_s=executed_s - planned_s if result is None else result.forward_s,
                 sample_s=0.0 if result is None else result.sample_s,
                 commit_s=self._clock() - executed_s,
             )
+            self._draft_tokens += num_draft_tokens
+            self._accepted_tokens += sum(num_accepted_tokens)
         self._num_steps += 1
         self._last_step_s = self._clock() - started_s
 
@@ -154,6 +166,8 @@ class EngineCore:
             prefix_query_tokens=self._scheduler.prefix_query_tokens,
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
             last_step_s=self._last_step_s,
         )
 
@@ -170,36 +184,64 @@ class EngineCore:
                 self._fail(group, "the step that computed this request failed", outcome)
             return None
 
-    def _commit(self, plan: StepPlan, rows: list[ScheduledRow], result: StepResult, outcome: StepOutcome) -> None:
+    def _commit(self, plan: StepPlan, rows: list[ScheduledRow], result: StepResult, outcome: StepOutcome) -> list[int]:
+        """Append, fork, end and report as the step's draws say; of each draft, how many of its tokens were drawn."""
         self._collect_prompt_logprobs(plan, rows, result)
         samples = _samples_by_row(plan.samples)
         searches: dict[str, dict[int, ScheduledRow]] = {}
+        num_accepted_tokens = []
         for index, row in enumerate(rows):
             group, sequence = row.group, row.sequence
             if group.request.request_id not in self._groups:
                 continue  # failed a moment ago, by another of its rows
             reaches_end = row.reaches_end
             self._prefill_tokens += 0 if row.is_decoding else row.num_query_tokens
-            self._scheduler.mark_computed(row)
+            self._scheduler.mark_computed(sequence, row.num_query_tokens)
             if not reaches_end:
                 continue
-            if not self._is_sound(group, result, samples.get(index, []), outcome):
-                continue
-            if group.search is not None:
+            if group.search is None:
+                num_accepted = self._take_draws(row, samples[index], result, outcome)
+                if len(row.draft_ids):
+                    num_accepted_tokens.append(num_accepted)
+            elif self._is_sound(group, result, samples.get(index, []), outcome):
                 searches.setdefault(group.request.request_id, {})[index] = row
-                continue
-            draws = [
-                _draw(result, sample, choice, group.request.top_n)
-                for sample, choice in zip(samples[index], sequence.choices, strict=True)
-            ]
-            self._decode_tokens += len(draws)
-            self._report_prompt(group, outcome)
-            events, going_on = settle(group, sequence, draws)
-            for event in events:
-                outcome.add(group.request.request_id, event)
-            self._scheduler.continue_with(group, sequence, going_on)
-            self._finish_if_done(group, outcome)
         self._advance_searches([*searches.values()], samples, result, outcome)
+        return num_accepted_tokens
+
+    def _take_draws(self, row: ScheduledRow, samples: list[int], result: StepResult, outcome: StepOutcome) -> int:
+        """Append what a row's choices drew, and with a draft the next draws too, as far as they agree with it.
+
+        Returns how many of the draft's tokens were drawn.
+        """
+        draft = row.draft_ids.tolist()
+        drawn = self._take_draw(row, samples[: len(samples) - len(draft)], result, outcome)
+        num_accepted = 0
+        while num_accepted < len(draft) and drawn == [draft[num_accepted]]:
+            num_accepted += 1
+            # The token's keys and values are in the cache already, so the draw after it counts.
+            self._scheduler.mark_computed(row.sequence, 1)
+            drawn = self._take_draw(row, [samples[num_accepted]], result, outcome)
+        if draft:
+            self._scheduler.drop_draft(row.sequence)
+        return num_accepted
+
+    def _take_draw(self, row: ScheduledRow, samples: list[int], result: StepResult, outcome: StepOutcome) -> list[int]:
+        """Append one token to each of a row's choices; those that go on with it."""
+        group, sequence = row.group, row.sequence
+        if not self._is_sound(group, result, samples, outcome):
+            return []
+        draws = [
+            _draw(result, sample, choice, group.request.top_n)
+            for sample, choice in zip(samples, sequence.choices, strict=True)
+        ]
+        self._decode_tokens += len(draws)
+        self._report_prompt(group, outcome)
+        events, going_on = settle(group, sequence, draws)
+        for event in events:
+            outcome.add(group.request.request_id, event)
+        self._scheduler.continue_with(group, sequence, going_on)
+        self._finish_if_done(group, outcome)
+        return [token_id for _, token_id in going_on]
 
     def _advance_searches(
         self,

@@ -182,9 +182,11 @@ class StepReading(msgspec.Struct, frozen=True, kw_only=True):
     """What one step did and how long its parts took, in seconds; parts that did not happen are 0."""
 
     num_prefill_tokens: int  # prompt tokens, and tokens computed again after preemption
-    num_decode_rows: int  # rows that only added their newest token
+    num_decode_rows: int  # rows that only added their newest token, and perhaps a draft
     num_admitted: int  # requests that ran for the first time
     has_succeeded: bool
+    num_draft_tokens: int  # run by speculation, ahead of being drawn
+    num_accepted_tokens: tuple[int, ...]  # for each row with a draft, how many of its tokens were then drawn
     schedule_s: float  # choosing rows and blocks, gathering the plan
     forward_s: float  # the model
     sample_s: float  # logits, processors and choice
@@ -204,6 +206,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_query_tokens: int = 0  # prompt tokens looked up, since start
     prefill_tokens: int = 0  # prompt tokens computed, since start
     decode_tokens: int = 0  # tokens generated, since start
+    draft_tokens: int = 0  # tokens run by speculation, since start
+    accepted_tokens: int = 0  # those of them that were generated, since start
     last_step_s: float = 0.0
     peak_memory_bytes: int = 0  # largest resident size of the engine's own process; 0 where it shares the caller's
 

@@ -10,23 +10,26 @@ from gyrfalcon.engine import token_rules
 from gyrfalcon.engine.interface import SamplingParams, WatermarkParams
 from gyrfalcon.engine.scheduler import ScheduledRow
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
-from gyrfalcon.engine.token_rules import NO_IDS, NO_WEIGHTS
-from gyrfalcon.runner.interface import Floats, IdLists, Ints, SamplingColumns, StepPlan, WeightedIdLists
+from gyrfalcon.engine.token_rules import NO_WEIGHTS
+from gyrfalcon.runner.interface import NO_IDS, Floats, IdLists, Ints, SamplingColumns, StepPlan, WeightedIdLists
 
 SEED_MASK = 2**64 - 1
 
 
 def gather_plan(rows: list[ScheduledRow]) -> StepPlan:
-    """The plan of one step. A row that reaches its end draws one token for every choice it carries."""
+    """The plan of one step. A row that reaches its end draws one token for every choice it carries.
+
+    With a draft it also draws one after each of the draft's tokens, as if the text were that long.
+    """
     widest = max(len(row.sequence.blocks) for row in rows)
     block_tables_RW = np.zeros((len(rows), widest), dtype=np.int32)
     for index, row in enumerate(rows):
         block_tables_RW[index, : len(row.sequence.blocks)] = row.sequence.blocks
     scored = [index for index, row in enumerate(rows) if row.group.scores_prompt]
     return StepPlan(
-        query_lens_R=np.array([row.num_query_tokens for row in rows], dtype=np.int32),
+        query_lens_R=np.array([row.num_query_tokens + len(row.draft_ids) for row in rows], dtype=np.int32),
         context_lens_R=np.array([row.sequence.num_computed_tokens for row in rows], dtype=np.int32),
-        token_ids_T=np.concatenate([_query_ids(row) for row in rows]),
+        token_ids_T=np.concatenate([ids for row in rows for ids in (_query_ids(row), row.draft_ids)]),
         block_tables_RW=block_tables_RW,
         block_copies_C2=np.array([pair for row in rows for pair in row.block_copies], dtype=np.int32).reshape(-1, 2),
         samples=gather_samples([draw for index, row in enumerate(rows) for draw in first_draws(index, row)]),
@@ -60,8 +63,9 @@ class Draw:
 
     row_index: int
     group: SequenceGroup
-    sequence: Sequence
+    text: Ints  # the ids before the token to be drawn
     choice: int
+    num_tokens_back: int = 0  # tokens of a draft that the row runs beyond the text
     num_candidates: int = 0  # of a beam; 0 for a choice's one token
     chosen_before: tuple[tuple[int, int], ...] = ()  # ids that earlier beam groups chose in this step, and how often
 
@@ -80,7 +84,7 @@ class Draw:
     def earlier_context(self) -> Ints:
         """What a green list depends on besides the last token, the nearest first."""
         width = self.mark.context_width if self.mark else 1
-        return self.sequence.token_ids[-width:-1][::-1] if width > 1 else NO_IDS
+        return self.text[-width:-1][::-1] if width > 1 else NO_IDS
 
     def history(self) -> Ints:
         """The ids so far, where a penalty looks at them."""
@@ -90,7 +94,7 @@ class Draw:
             and params.frequency_penalty == 0.0
             and params.encoder_repetition_penalty == 1.0
         )
-        return NO_IDS if is_neutral else self.sequence.token_ids
+        return NO_IDS if is_neutral else self.text
 
     def diversity(self) -> tuple[Ints, Floats]:
         """The ids chosen before in this step, with their counts."""
@@ -101,13 +105,23 @@ class Draw:
 
 
 def first_draws(row_index: int, row: ScheduledRow) -> list[Draw]:
-    """The draws of a row that reaches its end: one for every choice it carries, or those of a search's first wave."""
+    """The draws of a row that reaches its end: those of a search's first wave; else one for every choice it carries.
+
+    With a draft there is one choice, and a draw for each end that its text may turn out to have.
+    """
     if not row.reaches_end:
         return []
     group, sequence = row.group, row.sequence
     if group.search is not None:
         return wave_draws(row_index, group, sequence, 0)
-    return [Draw(row_index, group, sequence, choice) for choice in sequence.choices]
+    num_drafted = len(row.draft_ids)
+    if num_drafted == 0:
+        return [Draw(row_index, group, sequence.token_ids, choice) for choice in sequence.choices]
+    text = np.concatenate([sequence.token_ids, row.draft_ids])
+    return [
+        Draw(row_index, group, text[: len(text) - back], sequence.choices[0], back)
+        for back in range(num_drafted, -1, -1)
+    ]
 
 
 def wave_draws(row_index: int, group: SequenceGroup, sequence: Sequence, wave: int) -> list[Draw]:
@@ -115,18 +129,20 @@ def wave_draws(row_index: int, group: SequenceGroup, sequence: Sequence, wave: i
     assert group.search is not None
     beams = [beam for beam in sequence.choices if beam in group.search.beams_of(wave)]
     counts = tuple(group.search.chosen_before().items())
-    return [Draw(row_index, group, sequence, beam, group.search.num_candidates(wave), counts) for beam in beams[:1]]
+    num_candidates = group.search.num_candidates(wave)
+    return [Draw(row_index, group, sequence.token_ids, beam, 0, num_candidates, counts) for beam in beams[:1]]
 
 
 def gather_samples(draws: list[Draw]) -> SamplingColumns:
     """The draws' parameters as columns."""
     params = [draw.params for draw in draws]
     requests = [draw.group.request for draw in draws]
-    texts = [draw.sequence.token_ids for draw in draws]
+    texts = [draw.text for draw in draws]
     lengths = [len(text) for text in texts]
     decays = list(map(token_rules.decay, requests, lengths))
     return SamplingColumns(
         rows_S=np.array([draw.row_index for draw in draws], dtype=np.int32),
+        tokens_back_S=np.array([draw.num_tokens_back for draw in draws], dtype=np.int32),
         positions_S=np.array(lengths, dtype=np.int32),
         seeds_S=np.array([draw.seed for draw in draws], dtype=np.uint64),
         do_sample_S=np.array([each.do_sample for each in params], dtype=np.bool_),

@@ -2,7 +2,7 @@
 
 Prefill, chunked prefill, decoding, prefix hits and resuming after preemption are all that one rule. Order of
 precedence is arrival: when blocks run out, a sequence may take them from those behind it, never from those before
-it, so the oldest always advances and nothing can wait in a circle.
+it, so the oldest always advances and nothing can wait in a circle. Drafts get what all of these leave over.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 
 from gyrfalcon.engine.block_pool import BlockPool
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
+from gyrfalcon.engine.speculation import least_chance
+from gyrfalcon.runner.interface import NO_IDS, Ints
 
 
 @dataclass(slots=True)
 class ScheduledRow:
-    """One sequence's part in a step: its next `num_query_tokens` pending tokens, after the block copies."""
+    """A sequence's part in a step, after the block copies: its next `num_query_tokens` pending tokens, then a draft."""
 
     group: SequenceGroup
     sequence: Sequence
     num_query_tokens: int
+    draft_ids: Ints = field(default_factory=lambda: NO_IDS)  # run as if they followed the newest token
     block_copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -37,11 +40,24 @@ class ScheduledRow:
 class Scheduler:
     """Owns the waiting and running groups and every change to their sequences and blocks."""
 
-    def __init__(self, pool: BlockPool, *, token_budget: int, max_rows: int) -> None:
-        """token_budget: most tokens a step computes, >= max_rows. max_rows: most sequences in the batch."""
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        token_budget: int,
+        max_rows: int,
+        max_draft_tokens: int = 0,
+        step_cost_tokens: int = 1,
+    ) -> None:
+        """token_budget: most tokens a step computes, >= max_rows. max_rows: most sequences in the batch.
+
+        max_draft_tokens: longest draft of a sequence; 0 for none. step_cost_tokens: as `least_chance`.
+        """
         self._pool = pool
         self._token_budget = token_budget
         self._max_rows = max_rows
+        self._max_draft_tokens = max_draft_tokens
+        self._step_cost_tokens = step_cost_tokens
         self._waiting: deque[SequenceGroup] = deque()  # in order of arrival; holds no blocks
         self._running: list[SequenceGroup] = []  # in order of arrival; at least one sequence holds blocks
         self.num_preemptions = 0
@@ -114,12 +130,13 @@ class Scheduler:
             self._waiting.popleft()
             self._running.append(group)
             self._schedule_row(step, group, first, _most_catching_up(group, first))
+        if self._max_draft_tokens > 0:
+            self._add_drafts(step)
         return list(step.rows.values())
 
-    def mark_computed(self, row: ScheduledRow) -> None:
-        """The row's query tokens are in the cache now: full blocks become findable."""
-        sequence = row.sequence
-        sequence.num_computed_tokens += row.num_query_tokens
+    def mark_computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """The sequence's next tokens are in the cache now: full blocks become findable."""
+        sequence.num_computed_tokens += num_tokens
         num_full = sequence.num_computed_tokens // self._pool.block_size
         if num_full > sequence.num_published:
             keys = sequence.prefix_keys(num_full, self._pool.block_size)
@@ -149,6 +166,11 @@ class Scheduler:
             sequence.append(drawn[0][1])
         elif group.is_finished:
             self.remove(group)
+
+    def drop_draft(self, sequence: Sequence) -> None:
+        """Free the blocks that hold nothing but rejected drafts; what lies in other blocks is written over."""
+        for _ in range(len(sequence.blocks) - self._pool.num_blocks_for(sequence.num_computed_tokens)):
+            self._pool.release(sequence.blocks.pop())
 
     # Blocks
 
@@ -188,6 +210,29 @@ class Scheduler:
         row = ScheduledRow(group, sequence, num_query_tokens)
         if self._provide_blocks(step, row):
             step.add(row)
+
+    def _add_drafts(self, step: _Step) -> None:
+        """Let rows that decode run a draft too, where budget and blocks are left and it is likely to pay."""
+        num_drawing = sum(row.reaches_end for row in step.rows.values())
+        worth = least_chance(num_drawing, step.num_tokens, self._step_cost_tokens)
+        # A step never takes more than about twice as long, for the sake of rows that have no draft.
+        budget = min(step.budget, self._step_cost_tokens + step.num_tokens)
+        for row in step.rows.values():
+            group, sequence = row.group, row.sequence
+            if row.is_decoding and group.search is None:
+                # The last token allowed is drawn, never run.
+                num_left = group.request.max_new_tokens - group.num_generated(sequence) - 1
+                most = min(self._max_draft_tokens, num_left, budget, self._most_that_fit(row))
+                row.draft_ids = group.drafter(sequence).draft(sequence.token_ids, most, worth)
+                budget -= len(row.draft_ids)
+                num_blocks = self._pool.num_blocks_for(sequence.num_tokens + len(row.draft_ids))
+                while len(sequence.blocks) < num_blocks:
+                    sequence.blocks.append(self._pool.allocate())
+
+    def _most_that_fit(self, row: ScheduledRow) -> int:
+        """Tokens for which the row has room after its own, in its last block and in free ones."""
+        num_blocks = len(row.sequence.blocks) + self._pool.num_free
+        return num_blocks * self._pool.block_size - row.sequence.num_tokens
 
     def _provide_blocks(self, step: _Step, row: ScheduledRow) -> bool:
         """Give the row every block it writes to, exclusively; False when those ahead of it hold them all."""
@@ -319,13 +364,16 @@ class _Step:
 
     def __init__(self, token_budget: int) -> None:
         self.budget = token_budget
+        self.num_tokens = 0
         self.rows: dict[Sequence, ScheduledRow] = {}
 
     def add(self, row: ScheduledRow) -> None:
         self.rows[row.sequence] = row
         self.budget -= row.num_query_tokens
+        self.num_tokens += row.num_query_tokens
 
     def drop(self, sequence: Sequence) -> None:
         row = self.rows.pop(sequence, None)
         if row is not None:
             self.budget += row.num_query_tokens
+            self.num_tokens -= row.num_query_tokens

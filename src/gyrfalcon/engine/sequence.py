@@ -9,6 +9,7 @@ import numpy as np
 from gyrfalcon.engine.beams import Search, make_search
 from gyrfalcon.engine.block_pool import block_key, first_parent
 from gyrfalcon.engine.interface import EngineRequest
+from gyrfalcon.engine.speculation import Drafter, NgramIndex
 
 
 class Sequence:
@@ -18,7 +19,17 @@ class Sequence:
     Only the scheduler changes a sequence.
     """
 
-    __slots__ = ("_keys", "_salt", "_tokens", "blocks", "choices", "num_computed_tokens", "num_published", "num_tokens")
+    __slots__ = (
+        "_keys",
+        "_salt",
+        "_tokens",
+        "blocks",
+        "choices",
+        "drafter",
+        "num_computed_tokens",
+        "num_published",
+        "num_tokens",
+    )
 
     def __init__(self, prompt_ids: tuple[int, ...], max_new_tokens: int, choices: tuple[int, ...], salt: str) -> None:
         self._tokens = np.empty(len(prompt_ids) + max_new_tokens, dtype=np.int32)
@@ -28,6 +39,7 @@ class Sequence:
         self.num_published = 0  # leading blocks offered to the prefix index
         self.blocks: list[int] = []
         self.choices = choices
+        self.drafter: Drafter | None = None  # of a sequence that has been speculated on
         self._salt = salt
         self._keys: list[bytes] = []
 
@@ -53,6 +65,7 @@ class Sequence:
         twin.num_published = self.num_published
         twin.blocks = list(self.blocks)
         twin.choices = (choice,)
+        twin.drafter = None
         twin._salt = self._salt
         twin._keys = list(self._keys)
         return twin
@@ -81,6 +94,7 @@ class SequenceGroup:
     prompt_reported: bool = False
     num_preemptions: int = 0
     search: Search | None = None  # of a request with beams; its choices are then the beams
+    prompt_index: NgramIndex | None = None  # of a request that has been speculated on
 
     def __post_init__(self) -> None:
         request = self.request
@@ -115,6 +129,15 @@ class SequenceGroup:
 
     def num_generated(self, sequence: Sequence) -> int:
         return sequence.num_tokens - self.num_prompt_tokens
+
+    def drafter(self, sequence: Sequence) -> Drafter:
+        """The sequence's own; made when first asked for."""
+        if sequence.drafter is None:
+            prompt_ids = sequence.token_ids[: self.num_prompt_tokens]
+            if self.prompt_index is None:
+                self.prompt_index = NgramIndex(prompt_ids)
+            sequence.drafter = Drafter(self.prompt_index, prompt_ids)
+        return sequence.drafter
 
     @property
     def scores_prompt(self) -> bool:

@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gyrfalcon.engine.interface import EngineRequest, SamplingParams
-from gyrfalcon.runner.interface import Floats, Ints
+from gyrfalcon.runner.interface import NO_IDS, Floats, Ints
 
-NO_IDS: Ints = np.empty(0, dtype=np.int32)
 NO_WEIGHTS: Floats = np.empty(0, dtype=np.float32)
 
 

@@ -18,9 +18,11 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from gyrfalcon import __version__
-from gyrfalcon.http import kaito, platforms, tgi, watermark
+from gyrfalcon.http import health, kaito, platforms, tgi, watermark
 from gyrfalcon.http.auth import ApiKeyMiddleware, routed_path
+from gyrfalcon.http.drain import Drain, DrainMiddleware
 from gyrfalcon.http.header_limits import HeaderLimitMiddleware
+from gyrfalcon.http.keys import KeyStore
 from gyrfalcon.http.machine import read_machine, wants_machine
 from gyrfalcon.http.openapi import openapi_document
 from gyrfalcon.http.settings import HttpSettings
@@ -46,13 +48,14 @@ SHOWN_HEADERS = (
     "x-model-id",
     "x-request-id",
 )
+# What tells nothing but what the server is and whether it is well; /metrics joins them where the operator says so.
 OPEN_PATHS = (
     "/",
     "/health",
+    *health.PATHS,
     "/healthz",
     "/ping",
     "/info",
-    "/metrics",
     "/docs",
     "/openapi.json",
     "/api-doc/openapi.json",
@@ -63,12 +66,21 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def create_app(
-    service: TextService, settings: HttpSettings, metrics: Metrics, *, lifespan: Lifespan | None = None
+    service: TextService,
+    settings: HttpSettings,
+    metrics: Metrics,
+    *,
+    keys: KeyStore | None = None,
+    drain: Drain | None = None,
+    lifespan: Lifespan | None = None,
 ) -> FastAPI:
     """The ASGI application over a service that is ready. Raises SettingsError for paths that are taken.
 
-    lifespan: what runs around its serving, if anything.
+    keys: in place of those of the settings. drain: what the caller will say of the server's end. lifespan: what runs
+    around its serving, if anything.
     """
+    keys = KeyStore(settings.api_keys) if keys is None else keys
+    drain = drain or Drain()
     app = FastAPI(
         title="Gyrfalcon",
         version=__version__,
@@ -84,20 +96,28 @@ def create_app(
     kaito.KaitoDialect(service, settings, metrics).add_routes(app)
     watermark.WatermarkRoute(service, settings, metrics).add_routes(app)
     _add_metrics(app, metrics)
-    open_paths = (*OPEN_PATHS, *filter(None, [settings.health_path]))
-    _add_documentation(app, open_paths, has_keys=bool(settings.api_keys))
+    health.HealthRoutes(service, drain).add_routes(app)
+    own = [settings.health_path, "/metrics" if settings.open_metrics else None]
+    open_paths = (*OPEN_PATHS, *filter(None, own))
+    _add_documentation(app, open_paths, has_keys=keys.is_required)
     platforms.PlatformRoutes(service, settings, metrics, dialect).add_routes(app)
     _answer_head_requests(app)
     app.add_exception_handler(HTTPException, _no_such_route)
-    if settings.api_keys:
+    app.add_middleware(DrainMiddleware, drain=drain, metrics=metrics)
+    if keys.is_required:
         app.add_middleware(
             ApiKeyMiddleware,
-            keys=settings.api_keys,
+            keys=keys,
             open_routes=[(method, path) for path in open_paths for method in ("GET", "HEAD")],
             kaito_paths=kaito.PATHS,
             metrics=metrics,
         )
-    app.add_middleware(HeaderLimitMiddleware, metrics=metrics)
+    app.add_middleware(
+        HeaderLimitMiddleware,
+        max_fields=settings.max_header_fields,
+        max_bytes=settings.max_header_bytes,
+        metrics=metrics,
+    )
     # Outermost: a browser's preflight request carries no key.
     app.add_middleware(
         CORSMiddleware,

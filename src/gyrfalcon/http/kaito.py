@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from gyrfalcon import errors
+from gyrfalcon.http.auth import caller_of
 from gyrfalcon.http.kaito_render import STOPPED_EVENT, failure, render_answer, render_deltas, render_error
 from gyrfalcon.http.kaito_schema import (
     EXAMPLE,
@@ -29,7 +30,6 @@ from gyrfalcon.http.openapi import json_body
 from gyrfalcon.http.search_parameters import search_arguments
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import (
-    BodyLimits,
     EventStream,
     count_failure,
     json_response,
@@ -54,6 +54,7 @@ from gyrfalcon.tracing import trace_headers
 NO_PROMPT = "Text generation parameter prompt required"
 NO_MESSAGES = "Conversational parameter messages required"
 
+MOST_EVENTS_OF_A_WRITE = 256
 # Types that no route declares: bodies are read by hand, events are written by hand.
 SCHEMAS = (ChatRequest, ChatEvent)
 PATHS = ("/chat", "/healthz")
@@ -71,7 +72,7 @@ class KaitoDialect:
         self._service = service
         self._settings = settings
         self._metrics = metrics
-        self._body_limits = BodyLimits(max_bytes=settings.payload_limit, timeout_s=settings.body_timeout_s)
+        self._body_limits = settings.body_limits
 
     def add_routes(self, app: FastAPI) -> None:
         failures: dict[int | str, dict[str, Any]] = {
@@ -162,7 +163,8 @@ class KaitoDialect:
                         tokens.setdefault(delta.choice, []).append(delta.token)
                         if delta.end is not None:
                             ends[delta.choice] = delta.end
-                    yield render_deltas(deltas)
+                    for start in range(0, len(deltas), MOST_EVENTS_OF_A_WRITE):
+                        yield render_deltas(deltas[start : start + MOST_EVENTS_OF_A_WRITE])
             choices = [
                 Choice(index, end.text, end.finish_reason, tuple(tokens[index]), end.seed)
                 for index, end in sorted(ends.items())
@@ -196,6 +198,7 @@ def to_call(body: ChatRequest, prompt: str | None, request: Request) -> Generate
     return GenerateCall(
         prompt=prompt or _conversation(body),
         trace_headers=trace_headers(request.headers),
+        caller=caller_of(request),
         prefix=body.prefix if prompt else None,
         drop_start_to_fit=body.handle_long_generation == "hole" and bool(prompt),
         max_length=kwargs.max_length,

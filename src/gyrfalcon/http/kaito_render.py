@@ -88,6 +88,9 @@ def render_error(error: Exception) -> tuple[int, object, dict[str, str]]:
             detail = str(error).replace(f"`{error.parameter}`", f"`{wire_name}`")
         case errors.RequestError():
             status = 422
+        case errors.QueueTimeout():
+            status = 503
+            headers["Retry-After"] = str(error.retry_after_s)
         case errors.Overloaded():
             status = 429
             headers["Retry-After"] = str(error.retry_after_s)

@@ -64,6 +64,7 @@ class PlatformRoutes:
         """All instances at the same time; when one fails, so does the request."""
         try:
             value = await self._dialect.read(request)
+            _check_number(_instances(value), self._settings.max_prompts)
             for instance in _instances(value):
                 _refuse_openai("/vertex", instance)
             body = parse_body(value, VertexRequest)
@@ -109,6 +110,12 @@ def _refuse_openai(path: str, value: Any) -> None:
 def _instances(value: Any) -> list[Any]:
     instances = value.get("instances") if isinstance(value, dict) else None
     return instances if isinstance(instances, list) else []
+
+
+def _check_number(instances: Sequence[Any], most: int) -> None:
+    if len(instances) > most:
+        text = f"instances: a request may have {most} prompts. Given: {len(instances)}"
+        raise MalformedBody(422, f"{WRONG_SHAPE}: {text}", ("instances",))
 
 
 def _is_health(app: FastAPI, path: str, dialect: TgiDialect) -> bool:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from gyrfalcon import errors
+from gyrfalcon.http.auth import caller_of
 from gyrfalcon.http.openapi import json_body
 from gyrfalcon.http.search_parameters import search_arguments
 from gyrfalcon.http.settings import HttpSettings
@@ -43,7 +44,6 @@ from gyrfalcon.http.tgi_schema import (
     TurnContent,
 )
 from gyrfalcon.http.wire import (
-    BodyLimits,
     EventStream,
     count_failure,
     json_response,
@@ -58,6 +58,7 @@ from gyrfalcon.telemetry import new_request_id
 from gyrfalcon.tracing import trace_headers
 
 TAGS: list[str | Enum] = ["Text Generation Inference"]
+MOST_EVENTS_OF_A_WRITE = 64
 # Parameters of the dialect that this version cannot honour: refused unless null.
 NOT_HONOURED = ("grammar", "adapter_id")
 # Types that no route declares: bodies are read by hand, events are written by hand.
@@ -95,7 +96,7 @@ class TgiDialect:
         self._service = service
         self._settings = settings
         self._metrics = metrics
-        self._body_limits = BodyLimits(max_bytes=settings.payload_limit, timeout_s=settings.body_timeout_s)
+        self._body_limits = settings.body_limits
 
     def add_routes(self, app: FastAPI) -> None:
         add_post(app, "/generate", self.generate, GenerateRequest, "Generate text", {"model": GenerateResponse})
@@ -259,7 +260,9 @@ class TgiDialect:
         try:
             async with aclosing(self._service.stream(call)) as batches:
                 async for deltas in batches:
-                    yield render_events(deltas, prompt, has_details)
+                    # A client that was slow finds many: they go out in writes of which each can be waited for.
+                    for start in range(0, len(deltas), MOST_EVENTS_OF_A_WRITE):
+                        yield render_events(deltas[start : start + MOST_EVENTS_OF_A_WRITE], prompt, has_details)
         except Exception as error:
             yield sse(render_error(error)[1])
 
@@ -310,6 +313,7 @@ def to_call(body: GenerateRequest, request: Request) -> GenerateCall:
         model=body.model,
         request_id=new_request_id(),
         trace_headers=trace_headers(request.headers),
+        caller=caller_of(request),
         best_of=parameters.best_of,
         # Here false only means that nothing asks for sampling yet.
         do_sample=parameters.do_sample or None,

@@ -135,6 +135,9 @@ def render_error(error: Exception) -> tuple[int, dict[str, str], dict[str, str]]
             status, kind, text = 422, "validation", f"Input validation error: {_in_wire_names(error)}"
         case errors.UnknownModel():
             status, kind, text = 404, "model_not_found", str(error)
+        case errors.QueueTimeout():
+            status, kind, text = 503, "overloaded", str(error)
+            headers["Retry-After"] = str(error.retry_after_s)
         case errors.Overloaded():
             status, kind, text = 429, "overloaded", str(error)
             headers["Retry-After"] = str(error.retry_after_s)

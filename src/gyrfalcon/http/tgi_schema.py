@@ -148,7 +148,7 @@ class VertexInstance(GenerateRequest):
 class VertexRequest(Body):
     """Prompts, each with its own parameters."""
 
-    instances: list[VertexInstance] = Field(min_length=1, max_length=32)
+    instances: list[VertexInstance] = Field(min_length=1)
 
 
 class VertexResponse(BaseModel):

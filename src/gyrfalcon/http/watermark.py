@@ -15,7 +15,6 @@ from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.tgi_render import render_error
 from gyrfalcon.http.tgi_schema import ErrorResponse
 from gyrfalcon.http.wire import (
-    BodyLimits,
     count_failure,
     json_response,
     parse_body,
@@ -93,7 +92,7 @@ class WatermarkRoute:
     def __init__(self, service: TextService, settings: HttpSettings, metrics: Metrics) -> None:
         self._service = service
         self._metrics = metrics
-        self._body_limits = BodyLimits(max_bytes=settings.payload_limit, timeout_s=settings.body_timeout_s)
+        self._body_limits = settings.body_limits
 
     def add_routes(self, app: FastAPI) -> None:
         failures: dict[int | str, dict[str, Any]] = {

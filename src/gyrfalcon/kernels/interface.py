@@ -7,12 +7,17 @@ Every operation returns its result in its input's dtype unless it says otherwise
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+from gyrfalcon.kernels.quantised import QuantisedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +45,114 @@ class AttentionInputs:
     """What a table of operations works out from the rest in a step's first layer and keeps for the others."""
 
 
+@dataclass(frozen=True, slots=True)
+class NormParts:
+    """A layer norm, or without a bias an RMS norm."""
+
+    weight_D: Tensor
+    bias_D: Tensor | None
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixParts:
+    """x W^T + b. The weight has several matrices' rows where they read the same input."""
+
+    weight_OI: Tensor | QuantisedMatrix
+    bias_O: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockParts:
+    """One layer of a decoder, whole.
+
+    sequential: attention on the stream, then the MLP on the sum. parallel: both on the stream, their results added.
+    """
+
+    form: Literal["sequential", "parallel"]
+    attention_norm: NormParts
+    mlp_norm: NormParts | None  # None: the MLP reads what the attention reads
+    qkv: MatrixParts  # rows [Q | K | V], heads in order
+    output: MatrixParts
+    up: MatrixParts  # is_gated: the gate's rows, then those of up
+    down: MatrixParts
+    is_gated: bool  # down(silu(gate(x)) * up(x)); otherwise down(gelu(up(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """What a decoder's blocks have in common."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype  # of weights that are not quantised
+    frequencies_E2: Tensor | None  # radians a position turns, float32; None for ALiBi
+    slopes_H: Tensor | None  # ALiBi slopes, float32
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderParts:
+    """A decoder, read piece by piece: no more of it than one layer need ever be in memory at once."""
+
+    shape: DecoderShape
+    embedding_VD: Callable[[], Tensor]
+    blocks: Callable[[], Iterator[BlockParts]]
+    final_norm: Callable[[], NormParts]
+    head_VD: Callable[[], Tensor | QuantisedMatrix] | None  # None: the embedding, as it is
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPlace:
+    """Where a decoder's weights may be kept in the form that a device reads, and what they are made from."""
+
+    checkpoint: Path  # its folder
+    facts: dict[str, str]  # what else decides them: the dtype, the quantisation
+    directory: Path | None  # None: beside the checkpoint, or in the user's cache
+
+
+class FusedDecoder(Protocol):
+    """A whole decoder that a device runs by itself; its results are those of the operations, one by one."""
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the caches that `forward` reads and writes, in an order of its own within a block."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
+    ) -> Tensor:
+        """Hidden states after the final norm, [T, D] float32; keys and values are stored on the way."""
+        ...
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Scores of every vocabulary entry: [S, V], float32."""
+        ...
+
+
 class Ops(Protocol):
     """What a device can do. Implementations keep no state besides scratch memory."""
+
+    def fuse(self, parts: DecoderParts, place: PackedPlace | None) -> FusedDecoder | None:
+        """The decoder as one piece, if the device has something faster than its operations one by one.
+
+        place: where its weights may be kept for the next start; None: nowhere.
+        """
+        ...
 
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         """Rows of the table: [T, D]."""
         ...
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        """x W^T + b: [T, O]."""
+    def linear(self, x_TI: Tensor, weight_OI: Tensor | QuantisedMatrix, bias_O: Tensor | None = None) -> Tensor:
+        """x W^T + b: [T, O]. With codes for weights the arithmetic is that of `quantised.product`."""
         ...
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, epsilon: float) -> Tensor:

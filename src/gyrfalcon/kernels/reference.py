@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gyrfalcon.kernels.interface import AttentionInputs, LayerCache
+from gyrfalcon.kernels.interface import AttentionInputs, DecoderParts, FusedDecoder, LayerCache, PackedPlace
+from gyrfalcon.kernels.quantised import QuantisedMatrix, product
 
 # With fewer rows the CPU library picks other routines for a float32 product (a matrix times one vector, say), and over
 # a longer inner dimension it may share one sum between threads; both add in an order that depends on the number of
@@ -122,10 +123,16 @@ class _RunningSoftmax:
 class ReferenceOps:
     """`Ops` for any device PyTorch knows. Keeps no state."""
 
+    def fuse(self, parts: DecoderParts, place: PackedPlace | None) -> FusedDecoder | None:
+        return None
+
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return F.embedding(ids_T, table_VD)
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    def linear(self, x_TI: Tensor, weight_OI: Tensor | QuantisedMatrix, bias_O: Tensor | None = None) -> Tensor:
+        if isinstance(weight_OI, QuantisedMatrix):
+            out_TO = product(x_TI, weight_OI)
+            return (out_TO if bias_O is None else out_TO + bias_O.float()).to(x_TI.dtype)
         num_rows, width = x_TI.shape
         # Only float32 on CPU promises equal bits in any batch; in 16 bits one row must not cost sixteen.
         if x_TI.dtype != torch.float32 or x_TI.device.type != "cpu":

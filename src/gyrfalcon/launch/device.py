@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,13 @@ class DeviceDefaults:
 
     token_budget: int  # tokens of a step: long enough to fill the device, short enough for running streams to go on
     cache_fraction: float  # of the memory that is free once the weights are loaded
+    step_cost_tokens: int  # what a step costs besides its tokens, in tokens: see `engine.speculation.least_chance`
 
 
 DEFAULTS = {
-    "cpu": DeviceDefaults(token_budget=512, cache_fraction=0.5),
-    "cuda": DeviceDefaults(token_budget=4096, cache_fraction=0.9),
+    "cpu": DeviceDefaults(token_budget=512, cache_fraction=0.5, step_cost_tokens=16),
+    "cuda": DeviceDefaults(token_budget=4096, cache_fraction=0.9, step_cost_tokens=128),
 }
-
-
-# Below this a step is so short that threads wait for each other longer than they compute.
-ONE_THREAD_BYTES = 64 * 2**20
 
 
 def build_core(settings: Settings, folder: Path, on_progress: Callable[[int, int], None]) -> EngineCore:
@@ -41,16 +37,18 @@ def build_core(settings: Settings, folder: Path, on_progress: Callable[[int, int
         folder,
         dtype=settings.dtype,
         device=device,
+        quantize=settings.quantize,
         block_size=settings.block_size,
         max_rows=settings.max_batch_size,
         max_total_tokens=settings.max_total_tokens,
         cache_tokens=settings.max_batch_total_tokens,
         cache_bytes=settings.kv_cache_memory,
         cache_fraction=settings.kv_cache_fraction or defaults.cache_fraction,
+        num_threads=settings.num_threads,
+        keeps_packed=settings.packed_cache != "off",
+        packed_directory=None if settings.packed_cache in ("auto", "off") else Path(settings.packed_cache),
         on_progress=on_progress,
     )
-    if device == "cpu":
-        torch.set_num_threads(_choose_num_threads(settings, runner.facts.weight_bytes))
     return EngineCore(
         runner,
         CoreLimits(
@@ -58,17 +56,10 @@ def build_core(settings: Settings, folder: Path, on_progress: Callable[[int, int
             token_budget=settings.max_batch_prefill_tokens or defaults.token_budget,
             max_rows=settings.max_batch_size,
             prefix_caching=settings.prefix_caching,
+            max_draft_tokens=settings.speculate,
+            step_cost_tokens=defaults.step_cost_tokens,
         ),
     )
-
-
-def _choose_num_threads(settings: Settings, weight_bytes: int) -> int:
-    """What the operator says, here or to OpenMP; else every core for a model that can use them."""
-    if settings.num_threads is not None:
-        return settings.num_threads
-    if "OMP_NUM_THREADS" in os.environ:
-        return torch.get_num_threads()
-    return 1 if weight_bytes < ONE_THREAD_BYTES else len(os.sched_getaffinity(0))
 
 
 def _choose_device(settings: Settings) -> str:

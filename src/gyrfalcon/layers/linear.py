@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gyrfalcon.kernels.interface import Ops
+from gyrfalcon.kernels.interface import MatrixParts, Ops
+from gyrfalcon.kernels.quantised import QuantisedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,13 @@ class Linear:
     rounded again. Falcon's checkpoints were trained so; others add the bias inside the product.
     """
 
-    weight_OI: Tensor
+    weight_OI: Tensor | QuantisedMatrix
     bias_O: Tensor | None = None
     rounds_before_bias: bool = False
+
+    def parts(self) -> MatrixParts:
+        """The same as a value."""
+        return MatrixParts(self.weight_OI, self.bias_O)
 
     def forward(self, x_TI: Tensor, ops: Ops) -> Tensor:
         if self.bias_O is not None and self.rounds_before_bias:

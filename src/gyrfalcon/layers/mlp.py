@@ -16,6 +16,17 @@ from gyrfalcon.layers.linear import Linear
 class MLP(Protocol):
     """What a block asks of its feed-forward part."""
 
+    @property
+    def is_gated(self) -> bool: ...
+
+    @property
+    def expanding(self) -> Linear:
+        """The matrix, or the stacked matrices, that read the block's input."""
+        ...
+
+    @property
+    def down(self) -> Linear: ...
+
     def forward(self, x_TD: Tensor, ops: Ops) -> Tensor: ...
 
 
@@ -25,6 +36,14 @@ class GeluMLP:
 
     up: Linear
     down: Linear
+
+    @property
+    def is_gated(self) -> bool:
+        return False
+
+    @property
+    def expanding(self) -> Linear:
+        return self.up
 
     def forward(self, x_TD: Tensor, ops: Ops) -> Tensor:
         return self.down.forward(ops.gelu(self.up.forward(x_TD, ops)), ops)
@@ -36,6 +55,14 @@ class GatedMLP:
 
     gate_up: Linear
     down: Linear
+
+    @property
+    def is_gated(self) -> bool:
+        return True
+
+    @property
+    def expanding(self) -> Linear:
+        return self.gate_up
 
     def forward(self, x_TD: Tensor, ops: Ops) -> Tensor:
         gate_TF, up_TF = self.gate_up.forward(x_TD, ops).chunk(2, dim=-1)

@@ -9,13 +9,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gyrfalcon.kernels.interface import Ops
+from gyrfalcon.kernels.interface import NormParts, Ops
 
 
 class Norm(Protocol):
     """What a block asks of its norms."""
 
     def forward(self, x_TD: Tensor, ops: Ops) -> Tensor: ...
+
+    def parts(self) -> NormParts: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,9 @@ class LayerNorm:
     def forward(self, x_TD: Tensor, ops: Ops) -> Tensor:
         return ops.layer_norm(x_TD, self.weight_D, self.bias_D, self.epsilon)
 
+    def parts(self) -> NormParts:
+        return NormParts(self.weight_D, self.bias_D, self.epsilon)
+
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
@@ -39,3 +44,6 @@ class RMSNorm:
 
     def forward(self, x_TD: Tensor, ops: Ops) -> Tensor:
         return ops.rms_norm(x_TD, self.weight_D, self.epsilon)
+
+    def parts(self) -> NormParts:
+        return NormParts(self.weight_D, None, self.epsilon)

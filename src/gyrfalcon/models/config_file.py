@@ -107,6 +107,10 @@ class ConfigFile:
             raise self.error(key, value, "expected a JSON object")
         return ConfigFile(self.path, value)
 
+    def keys(self) -> tuple[str, ...]:
+        """The members' names, as the file has them."""
+        return tuple(self._members)
+
     def strings(self) -> Iterator[tuple[str, str]]:
         """All members, which must be strings."""
         for key, value in self._members.items():

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from gyrfalcon.kernels.interface import AttentionInputs, LayerCache, Ops
+from gyrfalcon.kernels.interface import AttentionInputs, BlockParts, FusedDecoder, LayerCache, Ops
 from gyrfalcon.layers.attention import Attention
+from gyrfalcon.layers.linear import Linear
 from gyrfalcon.layers.mlp import MLP
 from gyrfalcon.layers.norm import Norm
 from gyrfalcon.layers.rotary import Rotation, rotation
@@ -25,6 +26,10 @@ class Block(Protocol):
     def forward(
         self, x_TD: Tensor, turn: Rotation | None, inputs: AttentionInputs, cache: LayerCache, ops: Ops
     ) -> Tensor: ...
+
+    def parts(self) -> BlockParts:
+        """The same layer as values, for a device that runs it whole."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,38 +47,81 @@ class SequentialBlock:
         x_TD = x_TD + self.attention.forward(self.attention_norm.forward(x_TD, ops), turn, inputs, cache, ops)
         return x_TD + self.mlp.forward(self.mlp_norm.forward(x_TD, ops), ops)
 
+    def parts(self) -> BlockParts:
+        return block_parts("sequential", self.attention_norm, self.mlp_norm, self.attention, self.mlp)
+
+
+def block_parts(
+    form: Literal["sequential", "parallel"], attention_norm: Norm, mlp_norm: Norm | None, attention: Attention, mlp: MLP
+) -> BlockParts:
+    """A block's layers as values."""
+    return BlockParts(
+        form=form,
+        attention_norm=attention_norm.parts(),
+        mlp_norm=None if mlp_norm is None else mlp_norm.parts(),
+        qkv=attention.qkv.parts(),
+        output=attention.output.parts(),
+        up=mlp.expanding.parts(),
+        down=mlp.down.parts(),
+        is_gated=mlp.is_gated,
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """The parameters of a model, in the order in which they are used.
+    """The parameters of a model, in the order in which they are used, and the operations that run it.
 
-    frequencies_E2: rotary frequencies, float32; None for ALiBi. head_VD: the embedding itself when tied.
+    frequencies_E2: rotary frequencies, float32; None for ALiBi. head: the embedding itself when tied, or codes made
+    from it. weight_bytes: of all of them.
     """
 
     embedding_VD: Tensor
     frequencies_E2: Tensor | None
     blocks: tuple[Block, ...]
     final_norm: Norm
-    head_VD: Tensor
+    head: Linear
+    ops: Ops
+    weight_bytes: int
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.embedding_VD.dtype
+
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
+    ) -> Tensor:
+        ops = self.ops
+        x_TD = ops.embed(ids_T, self.embedding_VD)
+        turn = None
+        if self.frequencies_E2 is not None:
+            turn = rotation(positions_T, self.frequencies_E2, x_TD.dtype)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_TD = block.forward(x_TD, turn, inputs, cache, ops)
+        return self.final_norm.forward(x_TD, ops)
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        return self.head.forward(hidden_SD, self.ops).float()
 
 
 class CausalLM:
     """A loaded model. Holds parameters and nothing of any request."""
 
-    def __init__(self, spec: ModelSpec, decoder: Decoder, ops: Ops, weight_bytes: int) -> None:
+    def __init__(self, spec: ModelSpec, decoder: FusedDecoder, dtype: torch.dtype, device: torch.device) -> None:
+        """decoder: `Decoder`, or what the device made of its parts. dtype: of weights that are not quantised."""
         self.spec = spec
         self.num_parameters = spec.num_parameters
-        self.weight_bytes = weight_bytes
+        self.dtype = dtype
+        self.device = device
         self._decoder = decoder
-        self._ops = ops
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self._decoder.embedding_VD.dtype
+    def cache_dtype(self) -> torch.dtype:
+        """Of the keys and values that `forward` reads and writes."""
+        return self._decoder.cache_dtype
 
     @property
-    def device(self) -> torch.device:
-        return self._decoder.embedding_VD.device
+    def weight_bytes(self) -> int:
+        return self._decoder.weight_bytes
 
     @torch.inference_mode()
     def forward(
@@ -83,16 +131,9 @@ class CausalLM:
 
         ids_T and positions_T: int64, on the model's device. Keys and values of the step are written to `caches`.
         """
-        decoder, ops = self._decoder, self._ops
-        x_TD = ops.embed(ids_T, decoder.embedding_VD)
-        turn = None
-        if decoder.frequencies_E2 is not None:
-            turn = rotation(positions_T, decoder.frequencies_E2, x_TD.dtype)
-        for block, cache in zip(decoder.blocks, caches, strict=True):
-            x_TD = block.forward(x_TD, turn, inputs, cache, ops)
-        return decoder.final_norm.forward(x_TD, ops)
+        return self._decoder.forward(ids_T, positions_T, inputs, caches)
 
     @torch.inference_mode()
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Scores of every vocabulary entry: [S, V], float32."""
-        return self._ops.linear(hidden_SD, self._decoder.head_VD).float()
+        return self._decoder.logits(hidden_SD)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gyrfalcon.kernels.interface import AttentionInputs, LayerCache, Ops
+from gyrfalcon.kernels.interface import AttentionInputs, BlockParts, LayerCache, Ops
 from gyrfalcon.layers.alibi import alibi_slopes
 from gyrfalcon.layers.attention import Attention
 from gyrfalcon.layers.linear import Linear
 from gyrfalcon.layers.mlp import GeluMLP
 from gyrfalcon.layers.norm import LayerNorm
 from gyrfalcon.layers.rotary import Rotation
-from gyrfalcon.models.decoder import Block, SequentialBlock
+from gyrfalcon.models.decoder import Block, SequentialBlock, block_parts
 from gyrfalcon.models.spec import ModelSpec
 from gyrfalcon.models.weights import RowRun, WeightReader
 
@@ -40,6 +40,9 @@ class ParallelBlock:
             normed_TD = self.mlp_norm.forward(x_TD, ops)
         # The two branches first, then the stream: in 16 bits the order decides the rounding.
         return x_TD + (self.mlp.forward(normed_TD, ops) + attended_TD)
+
+    def parts(self) -> BlockParts:
+        return block_parts("parallel", self.attention_norm, self.mlp_norm, self.attention, self.mlp)
 
 
 def load_block(spec: ModelSpec, layer: int, weights: WeightReader) -> Block:
@@ -84,7 +87,7 @@ def load_norm(spec: ModelSpec, name: str, weights: WeightReader) -> LayerNorm:
 
 def _load_linear(weights: WeightReader, name: str, rows: list[RowRun] | None = None) -> Linear:
     bias_O = weights.load(f"{name}.bias", rows) if weights.holds(f"{name}.bias") else None
-    return Linear(weights.load(f"{name}.weight", rows), bias_O, rounds_before_bias=True)
+    return Linear(weights.load_matrix([name], rows), bias_O, rounds_before_bias=True)
 
 
 def _qkv_rows(spec: ModelSpec) -> Iterator[RowRun]:

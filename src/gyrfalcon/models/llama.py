@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gyrfalcon.errors import ModelLoadError
 from gyrfalcon.layers.attention import Attention
 from gyrfalcon.layers.linear import Linear
 from gyrfalcon.layers.mlp import GatedMLP
@@ -39,7 +40,10 @@ def load_norm(spec: ModelSpec, name: str, weights: WeightReader) -> RMSNorm:
 
 def _load_stacked(weights: WeightReader, names: list[str]) -> Linear:
     """The rows of several matrices, and of their biases where there are any, one after another."""
-    bias_O = None
-    if weights.holds(f"{names[0]}.bias"):
-        bias_O = weights.load_stacked([f"{name}.bias" for name in names])
-    return Linear(weights.load_stacked([f"{name}.weight" for name in names]), bias_O)
+    biases = [f"{name}.bias" for name in names]
+    held = [weights.holds(bias) for bias in biases]
+    if any(held) and not all(held):
+        # Only beside codes: everywhere else the tensors are those that config.json asks for.
+        raise ModelLoadError(f"`{biases[held.index(True)]}` is there, and `{biases[held.index(False)]}` is missing")
+    bias_O = weights.load_stacked(biases) if all(held) else None
+    return Linear(weights.load_matrix(names), bias_O)

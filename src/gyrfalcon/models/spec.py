@@ -159,7 +159,6 @@ def read_spec(folder: Path) -> ModelSpec:
     Raises ModelLoadError naming the file, the key, its value and what is expected.
     """
     config = ConfigFile.read(folder / "config.json")
-    config.refuse("quantization_config", "quantised checkpoints cannot be served; use the unquantised one")
     model_type = config.text("model_type", default="")
     if model_type in ("falcon", "RefinedWeb", "RefinedWebModel"):
         return _read_falcon(config, model_type)

@@ -10,18 +10,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gyrfalcon.errors import ModelLoadError
+from gyrfalcon.kernels.quantised import CodeFormat, QuantisedMatrix
+from gyrfalcon.models import stored_codes
 from gyrfalcon.models.config_file import ConfigFile
+from gyrfalcon.models.quantisation import StoredFormat
 from gyrfalcon.models.spec import ModelSpec, checkpoint_tensors, embedding_name
+from gyrfalcon.models.stored_codes import StoredCodes
 
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Of the tensors that quantised checkpoints have besides.
+_CODE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8}
+_KNOWN_DTYPES = _STORED_DTYPES | _CODE_DTYPES
+
+_HEAD_FORMAT = CodeFormat(8)  # in every precision: its errors reach the logits without a layer in between
 
 # Buffers that older exports saved beside the weights: constants that a model can compute.
 _IGNORED_SUFFIXES = (".inv_freq", ".attention.bias", ".attn.bias", ".masked_bias", ".position_ids")
@@ -61,21 +70,43 @@ class RowRun:
 class Checkpoint:
     """The tensors of a checkpoint by their canonical names; all that the spec asks for, in the right shapes.
 
-    spare_head: the head that a tied model's files hold besides the embedding, and that must equal it.
+    spare_head: the head that a tied model's files hold besides the embedding, and that must equal it. codes: how the
+    matrices among `quantised` are stored, as the parts that `codes` names.
     """
 
     tensors: dict[str, StoredTensor]
     spare_head: StoredTensor | None
+    codes: StoredFormat | None = None
+    quantised: dict[str, tuple[int, int]] = field(default_factory=dict)  # [O, I] by name, without `.weight`
 
 
-def open_checkpoint(folder: Path, spec: ModelSpec) -> Checkpoint:
+def open_checkpoint(folder: Path, spec: ModelSpec, codes: StoredFormat | None = None) -> Checkpoint:
     """Check every header in `folder` against each other and against `spec`, reading no weights.
+
+    codes: how config.json says that matrices are stored; which of them are so is told by the tensors there are.
 
     Raises ModelLoadError naming the file, the tensor and what was expected.
     """
     source, stored = _read_headers(folder)
     expected = checkpoint_tensors(spec)
-    named = _canonical_names(stored, expected)
+    matrices = _matrices(spec, expected)
+    possible = list(expected)
+    if codes is not None:
+        possible += [f"{name}.{part}" for name, shape in matrices.items() for part in (*codes.parts(shape), "bias")]
+    named = _canonical_names(stored, possible)
+    dtypes = dict.fromkeys(expected, tuple(_STORED_DTYPES))
+    quantised = {} if codes is None else {n: shape for n, shape in matrices.items() if f"{n}.{codes.marker}" in named}
+    for name, shape in quantised.items():
+        assert codes is not None
+        del expected[f"{name}.weight"]
+        for part, wanted in codes.parts(shape).items():
+            if not wanted.is_optional or f"{name}.{part}" in named:
+                expected[f"{name}.{part}"] = wanted.shape
+                dtypes[f"{name}.{part}"] = wanted.dtypes
+        # Some writers add biases of zeros to matrices that have none.
+        if f"{name}.bias" in named:
+            expected[f"{name}.bias"] = shape[:1]
+            dtypes[f"{name}.bias"] = tuple(_STORED_DTYPES)
     spare_head = named.pop("lm_head.weight", None) if spec.tied_head else None
     if spare_head is not None and embedding_name(spec) not in named:
         # Savers that drop one of two equal tensors do not always keep the embedding.
@@ -88,11 +119,25 @@ def open_checkpoint(folder: Path, spec: ModelSpec) -> Checkpoint:
         )
     if extra:
         raise ModelLoadError(f"{source}: holds {_listed(extra)}; config.json asks for {_described(spec)}, without them")
-    for name, shape in expected.items():
-        _check_usable(named[name], shape)
+    for name, wanted_shape in expected.items():
+        _check_usable(named[name], wanted_shape, dtypes[name])
     if spare_head is not None:
         _check_usable(spare_head, expected[embedding_name(spec)])
-    return Checkpoint({name: named[name] for name in expected}, spare_head)
+    if codes is not None and not quantised:
+        raise ModelLoadError(
+            f"{source}: config.json says that matrices are stored as {codes.method} codes, but none is: there is no "
+            f"tensor `{next(iter(matrices))}.{codes.marker}`, nor another of that kind"
+        )
+    return Checkpoint({name: named[name] for name in expected}, spare_head, codes, quantised)
+
+
+def _matrices(spec: ModelSpec, expected: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Shapes of the matrices that are multiplied with, by name without `.weight`; the embedding is not."""
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in expected.items()
+        if len(shape) == 2 and name != embedding_name(spec)
+    }
 
 
 class WeightReader:
@@ -104,16 +149,25 @@ class WeightReader:
         dtype: torch.dtype,
         device: torch.device,
         on_progress: Callable[[int, int], None] | None,
+        quantised: CodeFormat | None = None,
     ) -> None:
+        """quantised: what the matrices become; None: what they are stored as, or `dtype`."""
         self.dtype = dtype
         self.device = device
         self.bytes_loaded = 0  # of the tensors made, not of the files
+        self.dequantised: list[str] = []  # matrices stored as codes that had to become `dtype`
+        self._format = quantised
         self._checkpoint = checkpoint
         self._on_progress = on_progress
         self._bytes_read = 0
         self._bytes_to_read = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
         # One for all tensors: freed and taken anew, it would leave holes between the weights that nothing fits into.
         self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def makes_codes(self) -> bool:
+        """Whether matrices of numbers become matrices of codes."""
+        return self._format is not None
 
     def holds(self, name: str) -> bool:
         return name in self._checkpoint.tensors
@@ -126,15 +180,107 @@ class WeightReader:
             self._read(stored, run, destination)
         return destination
 
-    def load_stacked(self, names: list[str]) -> Tensor:
+    def load_stacked(self, names: Sequence[str]) -> Tensor:
         """Several tensors of equal row shape as one, in the order of `names`."""
-        parts = [self._checkpoint.tensors[name] for name in names]
-        destination = self._empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
-        start = 0
-        for part in parts:
-            self._read(part, RowRun(0, start, part.shape[0]), destination)
-            start += part.shape[0]
+        runs = self._stacked_runs(names)
+        destination = self._empty((sum(run.count for _, run in runs), *runs[0][0].shape[1:]))
+        for stored, run in runs:
+            self._read(stored, run, destination)
         return destination
+
+    def load_matrix(self, names: Sequence[str], rows: list[RowRun] | None = None) -> Tensor | QuantisedMatrix:
+        """The rows of several matrices, one after another, in the form they are served in.
+
+        names: without `.weight`. rows: as in `load`; with one name only.
+        """
+        if any(name in self._checkpoint.quantised for name in names):
+            return self._load_codes(names, rows)
+        weights = [f"{name}.weight" for name in names]
+        if self._format is not None:
+            return self._quantise(weights, self._format, rows)
+        return self.load_stacked(weights) if rows is None else self.load(weights[0], rows)
+
+    def load_head(self, name: str) -> Tensor | QuantisedMatrix:
+        """The matrix that makes the logits. name: of the head's tensor, or of the embedding's where it is tied."""
+        if self._format is None:
+            return self.load_matrix([name.removesuffix(".weight")])
+        return self._quantise([name], _HEAD_FORMAT, None)
+
+    def _stacked_runs(self, weights: Sequence[str]) -> list[tuple[StoredTensor, RowRun]]:
+        runs: list[tuple[StoredTensor, RowRun]] = []
+        start = 0
+        for weight in weights:
+            stored = self._checkpoint.tensors[weight]
+            runs.append((stored, RowRun(0, start, stored.shape[0])))
+            start += stored.shape[0]
+        return runs
+
+    def _quantise(self, weights: Sequence[str], form: CodeFormat, rows: list[RowRun] | None) -> QuantisedMatrix:
+        """Codes of tensors that are read some rows at a time: nowhere do they lie whole in another form."""
+        runs = self._stacked_runs(weights)
+        if rows is not None:
+            runs = [(runs[0][0], run) for run in rows]
+        made = QuantisedMatrix.empty(sum(run.count for _, run in runs), runs[0][0].shape[1], form)
+        for stored, run in runs:
+            for start, chunk in self._chunks(stored, run):
+                part = form.quantise(chunk)
+                if not part.scales.isfinite().all():
+                    raise ModelLoadError(
+                        f"{stored.path}: `{stored.name}` holds a value that is not finite or too large for codes of "
+                        f"{form.bits} bits; serve it without --quantize"
+                    )
+                made.codes_OI[start : start + chunk.shape[0]] = part.codes_OI
+                made.scales[start : start + chunk.shape[0]] = part.scales
+                self._advance(chunk.shape[0] * stored.row_bytes)
+        self.bytes_loaded += made.num_bytes
+        return made
+
+    def _load_codes(self, names: Sequence[str], rows: list[RowRun] | None) -> Tensor | QuantisedMatrix:
+        """Matrices of which one at least is stored as codes: as one matrix of codes where there is such a one."""
+        parts = [self._read_codes(name) if name in self._checkpoint.quantised else None for name in names]
+        if rows is not None and parts[0] is not None:
+            parts = [parts[0].with_rows(_source_rows(rows))]
+        known = [part for part in parts if part is not None]
+        if self.device.type == "cpu" and len(known) == len(parts):
+            matrix = stored_codes.stacked(known)
+            if matrix is not None:
+                self.bytes_loaded += matrix.num_bytes
+                return matrix
+        self.dequantised += [name for name, part in zip(names, parts, strict=True) if part is not None]
+        shapes = [
+            self._checkpoint.tensors[f"{name}.weight"].shape if part is None else part.shape
+            for name, part in zip(names, parts, strict=True)
+        ]
+        destination = self._empty((sum(shape[0] for shape in shapes), shapes[0][1]))
+        start = 0
+        for name, part, shape in zip(names, parts, shapes, strict=True):
+            if part is None:
+                self._read(self._checkpoint.tensors[f"{name}.weight"], RowRun(0, start, shape[0]), destination)
+            else:
+                part.dequantise_into(destination[start : start + shape[0]])
+            start += shape[0]
+        return destination
+
+    def _read_codes(self, name: str) -> StoredCodes:
+        codes, tensors = self._checkpoint.codes, self._checkpoint.tensors
+        assert codes is not None
+        shape = self._checkpoint.quantised[name]
+        present = [part for part in codes.parts(shape) if f"{name}.{part}" in tensors]
+        try:
+            return stored_codes.unpack(codes, shape, {part: self._raw(tensors[f"{name}.{part}"]) for part in present})
+        except ValueError as error:
+            raise ModelLoadError(f"{tensors[f'{name}.{codes.marker}'].path}: `{name}`: {error}") from None
+
+    def _raw(self, stored: StoredTensor) -> Tensor:
+        """A tensor as stored."""
+        tensor = torch.empty(stored.shape, dtype=_KNOWN_DTYPES[stored.dtype])
+        for num_bytes in _read_in_place(stored, RowRun(0, 0, stored.shape[0]), tensor):
+            self._advance(num_bytes)
+        return tensor
+
+    def finish(self) -> None:
+        """Report everything as read: the rest was not needed, as a device had the weights in a form of its own."""
+        self._advance(max(0, self._bytes_to_read - self._bytes_read))
 
     def check_spare_head(self, embedding_VD: Tensor) -> None:
         """Raise ModelLoadError if the files hold a head besides the embedding of a tied model, and it differs."""
@@ -179,7 +325,16 @@ class WeightReader:
     def _advance(self, num_bytes: int) -> None:
         self._bytes_read += num_bytes
         if self._on_progress is not None:
-            self._on_progress(self._bytes_read, self._bytes_to_read)
+            # A tied head that gets codes is read a second time.
+            self._on_progress(min(self._bytes_read, self._bytes_to_read), self._bytes_to_read)
+
+
+def _source_rows(rows: list[RowRun]) -> Tensor:
+    """For each row of the result the stored row it is."""
+    sources = torch.empty(sum(run.count for run in rows), dtype=torch.int64)
+    for run in rows:
+        sources[run.destination : run.destination + run.count] = torch.arange(run.source, run.source + run.count)
+    return sources
 
 
 def _read_in_place(stored: StoredTensor, run: RowRun, rows: Tensor) -> Iterator[int]:
@@ -291,10 +446,10 @@ def _parse_entry(path: Path, name: str, entry: dict[str, object], data_start: in
     begin, end = offsets
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)) or end < begin:
         raise ValueError
-    if dtype in _STORED_DTYPES and end - begin != math.prod(shape) * _STORED_DTYPES[dtype].itemsize:
+    if dtype in _KNOWN_DTYPES and end - begin != math.prod(shape) * _KNOWN_DTYPES[dtype].itemsize:
         raise ModelLoadError(
             f"{path}: `{name}` takes {end - begin} bytes; its shape {shape} in {dtype} needs "
-            f"{math.prod(shape) * _STORED_DTYPES[dtype].itemsize}"
+            f"{math.prod(shape) * _KNOWN_DTYPES[dtype].itemsize}"
         )
     return StoredTensor(path, name, dtype, tuple(shape), data_start + begin, end - begin)
 
@@ -314,23 +469,26 @@ def _check_coverage(path: Path, tensors: Iterable[StoredTensor], data_start: int
         raise ModelLoadError(f"{path}: is {size} bytes long, expected {position}: it {state}")
 
 
-def _check_usable(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+def _check_usable(
+    stored: StoredTensor, shape: tuple[int, ...], dtypes: tuple[str, ...] = tuple(_STORED_DTYPES)
+) -> None:
     if stored.shape != shape:
         raise ModelLoadError(
             f"{stored.path}: `{stored.name}` has shape {list(stored.shape)}, expected {list(shape)} from config.json"
         )
-    if stored.dtype not in _STORED_DTYPES:
+    if stored.dtype not in dtypes:
         raise ModelLoadError(
-            f"{stored.path}: `{stored.name}` is stored as {stored.dtype}, expected {', '.join(_STORED_DTYPES)}"
+            f"{stored.path}: `{stored.name}` is stored as {stored.dtype}, expected {', '.join(dtypes)}"
         )
 
 
-def _canonical_names(stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
+def _canonical_names(stored: dict[str, StoredTensor], expected: Iterable[str]) -> dict[str, StoredTensor]:
     """Stored tensors under the names of `expected`: some exports leave out the leading `transformer.` or `model.`."""
-    canonical = {name.partition(".")[2]: name for name in expected if name != "lm_head.weight"}
+    own_names = set(expected)
+    canonical = {name.partition(".")[2]: name for name in own_names if not name.startswith("lm_head.")}
     named: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        chosen = name if name in expected else canonical.get(name, name)
+        chosen = name if name in own_names else canonical.get(name, name)
         if chosen in named:
             raise ModelLoadError(f"{tensor.path}: `{tensor.name}` is also stored as `{named[chosen].name}`")
         named[chosen] = tensor

@@ -26,17 +26,18 @@ from gyrfalcon.runner.sampler import choose
 
 @dataclass(frozen=True, slots=True)
 class RowLogits:
-    """Raw logits of some of a plan's rows, in ascending order of their index."""
+    """Raw logits of some of a plan's tokens, packed as there, in ascending order of their index."""
 
-    rows_N: Ints
+    last_tokens_R: Ints  # where each of the plan's rows ends
+    tokens_N: Ints
     logits_NV: Tensor  # float32
-    last_ids_N: Ints  # the token whose successor they are about
+    ids_N: Ints  # the token whose successor they are about
 
 
 def choose_or_propose(rows: RowLogits, columns: SamplingColumns) -> StepResult:
     """The samples' tokens or candidates. Prompt scores are not part of it."""
     num_samples = len(columns.rows_S)
-    of_sample = np.searchsorted(rows.rows_N, columns.rows_S)
+    of_sample = np.searchsorted(rows.tokens_N, rows.last_tokens_R[columns.rows_S] - columns.tokens_back_S)
     scores_SV = rows.logits_NV[torch.from_numpy(of_sample).to(rows.logits_NV.device)]
     beams = np.flatnonzero(columns.num_candidates_S > 0)
     choices = np.flatnonzero(columns.num_candidates_S == 0)
@@ -44,7 +45,7 @@ def choose_or_propose(rows: RowLogits, columns: SamplingColumns) -> StepResult:
         # Beams add their scores up, so processors see log-probabilities there and logits elsewhere.
         where = torch.from_numpy(beams).to(scores_SV.device)
         scores_SV[where] = torch.log_softmax(scores_SV[where], dim=-1)
-    scores_SV = process_logits(scores_SV, columns, rows.last_ids_N[of_sample])
+    scores_SV = process_logits(scores_SV, columns, rows.ids_N[of_sample])
 
     token_ids_S = np.zeros(num_samples, dtype=np.int32)
     logprobs_S = np.zeros(num_samples, dtype=np.float32)

@@ -20,6 +20,9 @@ Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 
 
+NO_IDS: Ints = np.empty(0, dtype=np.int32)
+
+
 @dataclass(frozen=True, slots=True)
 class IdLists:
     """A list of token ids for every sample, end to end."""
@@ -64,7 +67,8 @@ class SamplingColumns:
     the ids it comes down to for this one token.
     """
 
-    rows_S: Ints  # index into the plan's rows; repeated when a prompt's first token is drawn for several choices
+    rows_S: Ints  # index into the plan's rows; repeated when a row's token is drawn for several choices or positions
+    tokens_back_S: Ints  # query tokens of the row after the one whose successor is drawn; above 0 in a draft
     positions_S: Ints  # position the drawn token will take
     seeds_S: Seeds
     do_sample_S: Flags
@@ -108,7 +112,7 @@ class SamplingColumns:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes. Rows with a query length above one are prefilling or catching up."""
+    """What one step computes. Rows with a query length above one are prefilling, catching up or running a draft."""
 
     query_lens_R: Ints  # tokens run this step, >= 1
     context_lens_R: Ints  # tokens already in the cache

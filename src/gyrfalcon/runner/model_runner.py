@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gyrfalcon.errors import OutOfCache
+from gyrfalcon.kernels.cpu.threads import choose_num_threads
 from gyrfalcon.kernels.select import select_ops
 from gyrfalcon.models.decoder import CausalLM
 from gyrfalcon.models.registry import load_model
@@ -58,7 +59,7 @@ class ModelRunner:
         self._copy_blocks(batch)
         hidden_TD = self._model.forward(batch.ids_T, batch.positions_T, batch.attention, self._caches)
         forward_end_s = time.perf_counter()
-        logits = self._last_logits(plan, batch, hidden_TD)
+        logits = self._wanted_logits(plan, batch, hidden_TD)
         self._kept = logits if len(plan.kept_rows) else None
         result = choose_or_propose(logits, plan.samples)
         return dataclasses.replace(
@@ -82,12 +83,13 @@ class ModelRunner:
             for cache in self._caches:
                 self._ops.copy_blocks(cache, batch.copy_sources_C, batch.copy_targets_C)
 
-    def _last_logits(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> RowLogits:
-        """Logits of the rows that something is drawn from, now or later; once, however often they are drawn from."""
-        rows_N = np.union1d(plan.samples.rows_S, plan.kept_rows)
-        last_tokens_N = batch.attention.query_starts[1:][rows_N] - 1
-        hidden_ND = hidden_TD[torch.from_numpy(last_tokens_N).to(self._device)]
-        return RowLogits(rows_N, self._model.logits(hidden_ND), plan.token_ids_T[last_tokens_N])
+    def _wanted_logits(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> RowLogits:
+        """Logits of the tokens that something is drawn after, now or later; once, however often that is."""
+        last_tokens_R = batch.attention.query_starts[1:] - 1
+        drawn_S = last_tokens_R[plan.samples.rows_S] - plan.samples.tokens_back_S
+        tokens_N = np.union1d(drawn_S, last_tokens_R[plan.kept_rows])
+        hidden_ND = hidden_TD[torch.from_numpy(tokens_N).to(self._device)]
+        return RowLogits(last_tokens_R, tokens_N, self._model.logits(hidden_ND), plan.token_ids_T[tokens_N])
 
     def _score_prompts(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> Floats:
         """Log-probability of each scored id under the raw logits of the token before it; NaN where there is none."""
@@ -114,7 +116,7 @@ def cache_shape(model: CausalLM, block_size: int) -> CacheShape:
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         block_size=block_size,
-        dtype=model.dtype,
+        dtype=model.cache_dtype,
     )
 
 
@@ -123,20 +125,39 @@ def load_runner(
     *,
     dtype: str,
     device: str,
+    quantize: str | None,
     block_size: int,
     max_rows: int,
     max_total_tokens: int | None,
     cache_tokens: int | None,
     cache_bytes: int | None,
     cache_fraction: float,
+    num_threads: int | None,
+    keeps_packed: bool,
+    packed_directory: Path | None,
     on_progress: Callable[[int, int], None],
 ) -> ModelRunner:
     """Load a checkpoint and give it a cache.
 
+    num_threads: on CPU; None for what fits the model. keeps_packed: whether packed weights are kept for the next start;
+    packed_directory: there, or None for beside the checkpoint, else in the user's cache.
+
     The cache's size is, in this order: `cache_tokens`; `cache_bytes`; as much as `max_rows` sequences of the longest
     length could ever use, but at most `cache_fraction` of the device's free memory. Raises ModelLoadError, OutOfCache.
     """
-    model = load_model(folder, dtype=dtype, device=device, ops=select_ops(device), on_progress=on_progress)
+    ops = select_ops(device, block_size=block_size, num_threads=num_threads)
+    model = load_model(
+        folder,
+        dtype=dtype,
+        device=device,
+        ops=ops,
+        quantize=quantize,
+        keeps_packed=keeps_packed,
+        packed_directory=packed_directory,
+        on_progress=on_progress,
+    )
+    if device == "cpu":
+        torch.set_num_threads(choose_num_threads(num_threads, model.weight_bytes))
     block_bytes = cache_shape(model, block_size).block_bytes
     free_bytes = _free_bytes(device)
     if cache_tokens is not None:

@@ -30,8 +30,19 @@ MAX_REASON_CHARS = 200
 class ChatTemplate:
     """A compiled chat template with the tokenizer's own bos and eos texts."""
 
-    def __init__(self, source: str, *, bos_token: str | None = None, eos_token: str | None = None) -> None:
-        """Raises ModelLoadError when the source is not a template."""
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        max_chars: int = MAX_RENDERED_CHARS,
+    ) -> None:
+        """max_chars: most it may write. Raises ModelLoadError when the source is not a template."""
+        self.source = source
+        self.bos_token = bos_token or ""
+        self.eos_token = eos_token or ""
+        self.max_chars = max_chars
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
@@ -42,8 +53,6 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelLoadError(f"chat template: line {error.lineno}: {error.message}") from error
-        # Templates expect text, also from a tokenizer that has no such token.
-        self._token_texts = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt that makes the model answer, or continue the last message where that is the assistant's.
@@ -56,7 +65,9 @@ class ChatTemplate:
             "add_generation_prompt": not continues,
             "tools": None,
             "documents": None,
-            **self._token_texts,
+            # Templates expect text, also from a tokenizer that has no such token.
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
         }
         parts: list[str] = []
         num_chars = 0
@@ -64,8 +75,8 @@ class ChatTemplate:
             for part in self._template.generate(variables):
                 parts.append(part)
                 num_chars += len(part)
-                if num_chars > MAX_RENDERED_CHARS:
-                    raise TemplateError(f"the chat template wrote more than {MAX_RENDERED_CHARS} characters")
+                if num_chars > self.max_chars:
+                    raise TemplateError(f"the chat template wrote more than {self.max_chars} characters")
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refused the messages: {_short(error)}") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
@@ -83,11 +94,16 @@ class ChatTemplate:
 
 
 def load_chat_template(
-    folder: Path, tokenizer: TextTokenizer, override: Path | str | None = None
+    folder: Path,
+    tokenizer: TextTokenizer,
+    override: Path | str | None = None,
+    *,
+    max_chars: int = MAX_RENDERED_CHARS,
 ) -> ChatTemplate | None:
     """The checkpoint's chat template, None where it has none.
 
     override: a template's own text to take instead, or a file: a template, or a JSON file with a `chat_template`.
+    max_chars: most it may write.
     Raises ModelLoadError naming the file that is not readable as what it should be.
     """
     if isinstance(override, Path):
@@ -96,7 +112,7 @@ def load_chat_template(
         source = _read_source(folder) if override is None else override
     if source is None:
         return None
-    return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, max_chars=max_chars)
 
 
 def _read_source(folder: Path) -> str | None:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+
+import msgspec
 
 from gyrfalcon import errors
 from gyrfalcon.engine.interface import EngineEvent, EngineRequest, EngineStats, PromptEvent, ScoreEvent, TokenEvent
 from gyrfalcon.metrics import Metrics
+from gyrfalcon.service.admission import (
+    CACHE_OVERCOMMIT,
+    LOOKAHEAD_PART,
+    QUEUED_CACHEFULS,
+    Admission,
+    QueueLimits,
+    TurnQueue,
+)
 from gyrfalcon.service.detokenizer import Detokenizer
 from gyrfalcon.service.interface import (
     ChatPrompt,
@@ -32,6 +42,7 @@ from gyrfalcon.service.interface import (
 )
 from gyrfalcon.service.models import ModelTable, ServedModel
 from gyrfalcon.service.search_rules import check_ids, check_ids_within
+from gyrfalcon.service.template_worker import TemplateRenderer, TemplateThread
 from gyrfalcon.service.tokenizer import TextTokenizer
 from gyrfalcon.service.validation import (
     SEED_RANGE,
@@ -50,19 +61,43 @@ from gyrfalcon.tracing import Tracer, trace_id_of
 # Tokenising fewer characters takes well under a millisecond, less than a thread's round trip is worth.
 SHORT_TEXT_CHARS = 2000
 LONGEST_LABEL = 200  # characters of a caller's own text in records
+LONGEST_LOGGED_PROMPT = 20_000  # characters
+DEFAULT_QUEUE_TIMEOUT_S = 30.0
 
 
 class GenerationService:
     """The `TextService` over one engine a model."""
 
     def __init__(
-        self, models: ModelTable, metrics: Metrics, *, max_concurrent_requests: int, tracer: Tracer | None = None
+        self,
+        models: ModelTable,
+        metrics: Metrics,
+        *,
+        max_concurrent_requests: int,
+        queue_timeout_s: float = DEFAULT_QUEUE_TIMEOUT_S,
+        max_queued_tokens: int | None = None,
+        renderer: TemplateRenderer | None = None,
+        tracer: Tracer | None = None,
+        logs_prompts: bool = False,
     ) -> None:
-        """tracer: makes spans of every request; None makes none."""
+        """max_queued_tokens: prompt tokens that may wait, of each model; None for a few times what its cache holds.
+        renderer: renders chat templates, in a thread if absent. tracer: makes spans of every request; None makes none.
+        logs_prompts: whether a request's line in the log has its prompt.
+        """
         self._models = models
         self._metrics = metrics
         self._tracer = tracer
+        self._logs_prompts = logs_prompts
+        self._renderer = renderer or TemplateThread()
         self._admission = Admission(max_concurrent_requests)
+        self._queues = {
+            model.name: TurnQueue(
+                _queue_limits(model, queue_timeout_s, max_queued_tokens),
+                on_depth=metrics.queue_watcher(model.name),
+            )
+            for model in models.all
+        }
+        self._cache_generation = 0
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
@@ -114,7 +149,7 @@ class GenerationService:
         try:
             served = self._models.resolve(model)
             check_messages(prompt.messages, served.limits)
-            return await _render(prompt, served)
+            return await self._render(prompt, served)
         except errors.RequestError as error:
             self._metrics.request_failed("template" if isinstance(error, errors.TemplateError) else "validation")
             raise
@@ -127,15 +162,25 @@ class GenerationService:
         return EngineHealth(state=EngineState.READY)
 
     def stats(self) -> dict[str, EngineStats]:
-        return {model.name: model.engine.stats() for model in self._models.all}
+        stats = {}
+        for model in self._models.all:
+            reading = model.engine.stats()
+            stats[model.name] = msgspec.structs.replace(
+                reading, num_waiting=reading.num_waiting + len(self._queues[model.name])
+            )
+        return stats
+
+    def flush_prefix_cache(self) -> None:
+        # The cache is keyed by salt: what is stored under the old one is not found again, and goes when room is needed.
+        self._cache_generation += 1
 
     async def close(self) -> None:
-        await asyncio.gather(*(model.engine.close() for model in self._models.all))
+        await asyncio.gather(*(model.engine.close() for model in self._models.all), self._renderer.close())
 
     @asynccontextmanager
     async def _run(self, call: GenerateCall, *, is_stream: bool) -> AsyncIterator[Run]:
         """Admit the call and prepare it; on leaving, give the permit back and record how it went."""
-        record = _Record(call, self._metrics)
+        record = _Record(call, self._metrics, logs_prompt=self._logs_prompts)
         self._metrics.request_begins()
         try:
             if is_stream:
@@ -144,16 +189,27 @@ class GenerationService:
             record.model = model.name
             with self._admission.permit(count_sequences(call, model.limits)):
                 valid = check(call, model.limits, model.watermark)
-                prompt = await _tokenize(valid, model)
+                prompt = await self._tokenize(valid, model)
                 self._metrics.prompt_admitted(len(prompt.ids), prompt.max_new_tokens)
                 record.validated(valid, prompt)
-                yield Run(valid, prompt, model, record)
-                record.outcome = "success"
+                turn = self._queues[model.name].turn(
+                    call.caller,
+                    num_sequences=valid.num_sequences,
+                    num_prompt_tokens=len(prompt.ids),
+                    max_new_tokens=prompt.max_new_tokens,
+                )
+                async with turn as waited_s:
+                    record.turn_s = waited_s
+                    yield Run(valid, prompt, model, record, self._cache_salt(call))
+                    record.outcome = "success"
         except errors.TemplateError:
             record.outcome = "template"
             raise
         except errors.RequestError:
             record.outcome = "validation"
+            raise
+        except errors.QueueTimeout:
+            record.outcome = "queue_timeout"
             raise
         except errors.Overloaded:
             record.outcome = "overloaded"
@@ -169,35 +225,46 @@ class GenerationService:
             self._metrics.request_ends(ended)
             log_request(ended, self._tracer.trace(ended) if self._tracer else trace_id_of(ended.trace_headers))
 
+    async def _tokenize(self, valid: ValidCall, model: ServedModel) -> FittedPrompt:
+        """The call's prompt as ids that fit. Text ends here: below are token ids."""
+        call, prompt = valid.call, valid.call.prompt
+        if isinstance(prompt, TokenPrompt):
+            ids = list(prompt.ids if call.truncate is None else prompt.ids[-call.truncate :])
+        elif isinstance(prompt, ChatPrompt):
+            text = await self._render(prompt, model)
+            check_encodable("messages", text)
+            # A template brings the special tokens it wants.
+            ids = await _encode(model.tokenizer, text, call.truncate, add_special_tokens=False)
+        else:
+            ids = await _encode(model.tokenizer, (call.prefix or "") + prompt, call.truncate)
+        width = model.engine.facts.vocab_size
+        check_ids_within("prompt", ids, width)
+        check_ids(call, width)
+        num_prefix_tokens = len(model.tokenizer.encode(call.prefix, add_special_tokens=False)) if call.prefix else 0
+        return fit(valid, ids, num_prefix_tokens, model.limits)
 
-class Admission:
-    """Counts the sequences that run at the same time, and turns away what exceeds their number."""
+    async def _render(self, prompt: ChatPrompt, model: ServedModel) -> str:
+        """The conversation as text."""
+        if model.chat_template is None:
+            raise errors.TemplateError(f"model `{model.name}` has no chat template; send a text prompt")
+        return await self._renderer.render(model.chat_template, prompt.messages)
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken = 0
-
-    @contextmanager
-    def permit(self, num_sequences: int) -> Iterator[None]:
-        """Hold room for this many sequences. Raises Overloaded at once where there is none."""
-        if self._taken + num_sequences > self._most:
-            raise errors.Overloaded(f"model is overloaded: at most {self._most} sequences run at the same time")
-        self._taken += num_sequences
-        try:
-            yield
-        finally:
-            self._taken -= num_sequences
+    def _cache_salt(self, call: GenerateCall) -> str:
+        return f"{self._cache_generation}\0{call.caller.cache_salt}"
 
 
 class Run:
     """One admitted call: what goes to the engine, and what comes back made into text."""
 
-    def __init__(self, valid: ValidCall, prompt: FittedPrompt, model: ServedModel, record: _Record) -> None:
+    def __init__(
+        self, valid: ValidCall, prompt: FittedPrompt, model: ServedModel, record: _Record, cache_salt: str
+    ) -> None:
         self.num_choices = valid.num_choices
         self._valid = valid
         self._prompt = prompt
         self._model = model
         self._record = record
+        self._cache_salt = cache_salt
         self._prompt_logprobs: tuple[float | None, ...] | None = None
         self._texts = [Detokenizer(model.tokenizer, prompt.ids, valid.call.stop) for _ in range(valid.num_choices)]
         self._num_tokens = [0] * valid.num_choices
@@ -211,7 +278,7 @@ class Run:
                 deltas: list[Delta] = []
                 for event in events:
                     if isinstance(event, PromptEvent):
-                        self._record.queue_s = event.queue_s
+                        self._record.queue_s = self._record.turn_s + event.queue_s
                         self._prompt_logprobs = event.logprobs
                     elif isinstance(event, ScoreEvent):
                         self._scores[event.choice] = event
@@ -263,6 +330,7 @@ class Run:
                 stop_token_ids=stop_ids,
                 prompt_logprobs=call.prompt_logprobs,
                 top_n=self._valid.top_n,
+                cache_salt=self._cache_salt,
             )
         )
 
@@ -318,8 +386,9 @@ class Run:
 class _Record:
     """What is known so far of how a request goes; its owner is the block that `GenerationService._run` opens."""
 
-    def __init__(self, call: GenerateCall, metrics: Metrics) -> None:
+    def __init__(self, call: GenerateCall, metrics: Metrics, *, logs_prompt: bool) -> None:
         self.request_id = call.request_id or new_request_id()
+        self.turn_s = 0.0  # waited before the engine had room
         self.outcome = "generation"
         self.model: str | None = None
         self.queue_s: float | None = None
@@ -327,6 +396,7 @@ class _Record:
         self.finish_reason: str | None = None
         self._call = call
         self._metrics = metrics
+        self._logs_prompt = logs_prompt
         self._num_choices: int | None = None
         self._prompt: FittedPrompt | None = None
         self._validation_s: float | None = None
@@ -370,7 +440,31 @@ class _Record:
             first_token_s=self._first_token_s,
             total_s=time.perf_counter() - self._arrived,
             trace_headers=self._call.trace_headers,
+            caller=self._call.caller.name or None,
+            prompt=_shown(self._call.prompt) if self._logs_prompt else None,
         )
+
+
+def _queue_limits(model: ServedModel, timeout_s: float, max_queued_tokens: int | None) -> QueueLimits:
+    limits, cache_tokens = model.limits, model.engine.facts.cache_tokens
+    return QueueLimits(
+        max_sequences=limits.max_batch_size + max(1, limits.max_batch_size // LOOKAHEAD_PART),
+        max_tokens=CACHE_OVERCOMMIT * cache_tokens,
+        max_queued_tokens=max_queued_tokens or QUEUED_CACHEFULS * cache_tokens,
+        timeout_s=timeout_s,
+    )
+
+
+def _shown(prompt: str | ChatPrompt | TokenPrompt) -> str:
+    """A prompt for the log."""
+    match prompt:
+        case ChatPrompt(messages):
+            text = "\n".join(f"{message.role}: {message.content}" for message in messages)
+        case TokenPrompt(ids):
+            text = str(list(ids))
+        case _:
+            text = prompt
+    return text[:LONGEST_LOGGED_PROMPT]
 
 
 def _check_streamable(call: GenerateCall) -> None:
@@ -386,30 +480,6 @@ def _check_streamable(call: GenerateCall) -> None:
             "`num_beams` > 1 is not allowed when streaming: a search has no text before its end. "
             f"Given: {call.num_beams}",
         )
-
-
-async def _tokenize(valid: ValidCall, model: ServedModel) -> FittedPrompt:
-    """The call's prompt as ids that fit. Text ends here: below are token ids."""
-    call, prompt = valid.call, valid.call.prompt
-    if isinstance(prompt, TokenPrompt):
-        ids = list(prompt.ids if call.truncate is None else prompt.ids[-call.truncate :])
-    elif isinstance(prompt, ChatPrompt):
-        # A template brings the special tokens it wants.
-        ids = await _encode(model.tokenizer, await _render(prompt, model), call.truncate, add_special_tokens=False)
-    else:
-        ids = await _encode(model.tokenizer, (call.prefix or "") + prompt, call.truncate)
-    width = model.engine.facts.vocab_size
-    check_ids_within("prompt", ids, width)
-    check_ids(call, width)
-    num_prefix_tokens = len(model.tokenizer.encode(call.prefix, add_special_tokens=False)) if call.prefix else 0
-    return fit(valid, ids, num_prefix_tokens, model.limits)
-
-
-async def _render(prompt: ChatPrompt, model: ServedModel) -> str:
-    """The conversation as text, made in a thread: a template may take its time."""
-    if model.chat_template is None:
-        raise errors.TemplateError(f"model `{model.name}` has no chat template; send a text prompt")
-    return await asyncio.to_thread(model.chat_template.render, prompt.messages)
 
 
 async def _encode(

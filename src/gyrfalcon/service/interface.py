@@ -15,6 +15,7 @@ import msgspec
 from gyrfalcon.engine.interface import EngineHealth, EngineState, EngineStats, FinishReason
 
 __all__ = [
+    "Caller",
     "ChatMessage",
     "ChatPrompt",
     "Choice",
@@ -66,6 +67,19 @@ class TokenPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """On whose behalf a call is made.
+
+    name: for logs; empty where nobody had to say. cache_salt: calls share cached prefixes only under an equal salt.
+    max_queued_tokens: most prompt tokens of the caller's that may wait; None leaves it to the queue's own bound.
+    """
+
+    name: str = ""
+    cache_salt: str = ""
+    max_queued_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
     """What a caller asks for; None where absence has a meaning of its own. Nothing in it is checked yet."""
 
@@ -73,6 +87,7 @@ class GenerateCall:
     prefix: str | None = None  # put in front of a text prompt before tokenising; never part of any answer
     model: str | None = None
     request_id: str | None = None  # made by the service when None; never taken from a client
+    caller: Caller = Caller()
     trace_headers: tuple[tuple[str, str], ...] = ()  # the caller's W3C trace context: names and values
 
     max_new_tokens: int | None = None  # wins over max_length; both None: the server's default
@@ -341,6 +356,10 @@ class TextService(Protocol):
 
     def stats(self) -> dict[str, EngineStats]:
         """The newest reading of each model's engine, by model name."""
+        ...
+
+    def flush_prefix_cache(self) -> None:
+        """Let no later call find prefixes that earlier ones have left in the cache."""
         ...
 
     async def close(self) -> None:

@@ -84,7 +84,14 @@ def beams_of(call: GenerateCall, *, num_beams: int, does_sample: bool) -> BeamPa
     )
 
 
-def with_rules(sampling: SamplingParams, call: GenerateCall, *, max_total_tokens: int) -> SamplingParams:
+def with_rules(
+    sampling: SamplingParams,
+    call: GenerateCall,
+    *,
+    max_total_tokens: int,
+    max_biased_phrases: int = MAX_BIASED_PHRASES,
+    max_bad_words: int = MAX_BAD_WORDS,
+) -> SamplingParams:
     """The sampling parameters with all that the call says of ids, of their repetition and of small probabilities."""
     encoder_penalty = 1.0
     if call.encoder_repetition_penalty is not None:
@@ -97,11 +104,11 @@ def with_rules(sampling: SamplingParams, call: GenerateCall, *, max_total_tokens
             )
     return msgspec.structs.replace(
         sampling,
-        sequence_bias=_sequence_bias(call),
+        sequence_bias=_sequence_bias(call, max_biased_phrases),
         encoder_repetition_penalty=encoder_penalty,
         no_repeat_ngram_size=_ngram_size(call.no_repeat_ngram_size, max_total_tokens),
         encoder_no_repeat_ngram_size=_ngram_size(call.encoder_no_repeat_ngram_size, max_total_tokens),
-        bad_words_ids=_bad_words(call),
+        bad_words_ids=_bad_words(call, max_bad_words),
         forced_bos_token_id=call.forced_bos_token_id,
         forced_eos_token_ids=_listed("forced_eos_token_id", call.forced_eos_token_id, least=1),
         remove_invalid_values=call.remove_invalid_values,
@@ -183,22 +190,22 @@ def _ngram_size(size: int | None, max_total_tokens: int) -> int:
     return size if size is not None and 0 < size <= max_total_tokens else 0
 
 
-def _bad_words(call: GenerateCall) -> tuple[tuple[int, ...], ...]:
+def _bad_words(call: GenerateCall, most: int) -> tuple[tuple[int, ...], ...]:
     """The words that have ids."""
     words = call.bad_words_ids
     if words is None:
         return ()
-    _check_size("bad_words_ids", len(words), MAX_BAD_WORDS, least=1)
+    _check_size("bad_words_ids", len(words), most, least=1)
     for word in words:
         _check_size("bad_words_ids", len(word), MAX_PHRASE_IDS, what="ids in an entry")
     return tuple(word for word in words if word)
 
 
-def _sequence_bias(call: GenerateCall) -> tuple[tuple[tuple[int, ...], float], ...]:
+def _sequence_bias(call: GenerateCall, most: int) -> tuple[tuple[tuple[int, ...], float], ...]:
     biases = call.sequence_bias
     if biases is None:
         return ()
-    _check_size("sequence_bias", len(biases), MAX_BIASED_PHRASES, least=1)
+    _check_size("sequence_bias", len(biases), most, least=1)
     for ids, bias in biases:
         _check_size("sequence_bias", len(ids), MAX_PHRASE_IDS, least=1, what="ids in an entry")
         if not -MAX_BIAS <= bias <= MAX_BIAS:

@@ -16,6 +16,8 @@ from gyrfalcon.engine.interface import BeamParams, EngineFacts, SamplingParams, 
 from gyrfalcon.errors import InvalidRequest, PromptTooLong, SettingsError
 from gyrfalcon.service.interface import ChatMessage, ChatPrompt, GenerateCall, TokenPrompt
 from gyrfalcon.service.search_rules import (
+    MAX_BAD_WORDS,
+    MAX_BIASED_PHRASES,
     beams_of,
     check_positive,
     check_returned_beams,
@@ -49,6 +51,9 @@ class Limits:
     max_stop_length: int = 256  # characters
     max_top_n_tokens: int = 20
     max_messages: int = 1024
+    max_biased_phrases: int = MAX_BIASED_PHRASES
+    max_bad_words: int = MAX_BAD_WORDS
+    max_characters_per_token: int = MAX_CHARS_PER_TOKEN
     default_max_new_tokens: int | None = 20  # None: fill the context
     max_batch_size: int = 64  # sequences computed together: all of a request's must be
     cache_tokens: int | None = None  # tokens the KV cache holds; None: as many as could be asked for
@@ -57,7 +62,7 @@ class Limits:
     @property
     def max_prompt_chars(self) -> int:
         """More characters than this cannot fit, so they are not tokenised."""
-        return MAX_CHARS_PER_TOKEN * self.max_total_tokens
+        return self.max_characters_per_token * self.max_total_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +98,14 @@ def resolve_limits(
     max_input_tokens: int | None = None,
     max_concurrent_requests: int = 128,
     max_best_of: int = 4,
+    max_return_sequences: int = 8,
     max_stop_sequences: int = 8,
+    max_stop_length: int = 256,
     max_top_n_tokens: int = 20,
+    max_messages: int = 1024,
+    max_biased_phrases: int = MAX_BIASED_PHRASES,
+    max_bad_words: int = MAX_BAD_WORDS,
+    max_characters_per_token: int = MAX_CHARS_PER_TOKEN,
     default_max_new_tokens: int | None = 20,
     max_batch_size: int = 64,
     block_size: int = 1,
@@ -140,8 +151,14 @@ def resolve_limits(
         # Each of its sequences needs a permit and a place in the batch.
         max_best_of=min(max_best_of, max_concurrent_requests, max_batch_size),
         max_beams=min(DEFAULT_MAX_BEAMS, max_concurrent_requests, max_batch_size),
+        max_return_sequences=max_return_sequences,
         max_stop_sequences=max_stop_sequences,
+        max_stop_length=max_stop_length,
         max_top_n_tokens=max_top_n_tokens,
+        max_messages=max_messages,
+        max_biased_phrases=max_biased_phrases,
+        max_bad_words=max_bad_words,
+        max_characters_per_token=max_characters_per_token,
         default_max_new_tokens=default_max_new_tokens,
         max_batch_size=max_batch_size,
         cache_tokens=facts.cache_tokens,
@@ -181,7 +198,13 @@ def check(call: GenerateCall, limits: Limits, watermark: WatermarkParams) -> Val
     is_ranked = call.best_of is not None and call.best_of > 1
     num_beams = count_beams(call, limits.max_beams)
     sampling = _sampling(call, num_choices if num_beams == 1 else 1, watermark)
-    sampling = with_rules(sampling, call, max_total_tokens=limits.max_total_tokens)
+    sampling = with_rules(
+        sampling,
+        call,
+        max_total_tokens=limits.max_total_tokens,
+        max_biased_phrases=limits.max_biased_phrases,
+        max_bad_words=limits.max_bad_words,
+    )
     beams = beams_of(call, num_beams=num_beams, does_sample=sampling.do_sample)
     _check_lengths(call)
     _check_stop(call.stop, limits)

@@ -9,6 +9,7 @@ import numpy as np
 from gyrfalcon.runner.interface import IdLists, SamplingColumns, WeightedIdLists
 
 NEUTRAL = {
+    "tokens_back_S": (np.int32, 0),
     "positions_S": (np.int32, 0),
     "seeds_S": (np.uint64, 0),
     "do_sample_S": (np.bool_, True),

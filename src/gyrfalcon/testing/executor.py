@@ -66,11 +66,18 @@ class FakeExecutor:
 
     def choose(self, samples: SamplingColumns) -> StepResult:
         token_ids, proposed = [], []
-        for sample, (row, seed, does_sample, count) in enumerate(
-            zip(samples.rows_S, samples.seeds_S, samples.do_sample_S, samples.num_candidates_S, strict=True)
+        for sample, (row, back, seed, does_sample, count) in enumerate(
+            zip(
+                samples.rows_S,
+                samples.tokens_back_S,
+                samples.seeds_S,
+                samples.do_sample_S,
+                samples.num_candidates_S,
+                strict=True,
+            )
         ):
             banned = samples.banned.ids[samples.banned.starts[sample] : samples.banned.starts[sample + 1]]
-            visible = self._visible(self._plan, int(row))
+            visible = self._visible(self._plan, int(row), int(back))
             token_id = fake_token(visible, int(seed) if does_sample else 0, self.facts.vocab_size)
             while token_id in banned:
                 token_id = (token_id + 1) % self.facts.vocab_size
@@ -96,8 +103,8 @@ class FakeExecutor:
     def close(self) -> None:
         pass
 
-    def _visible(self, plan: StepPlan, row: int) -> list[int]:
-        length = int(plan.context_lens_R[row] + plan.query_lens_R[row])
+    def _visible(self, plan: StepPlan, row: int, tokens_back: int) -> list[int]:
+        length = int(plan.context_lens_R[row] + plan.query_lens_R[row]) - tokens_back
         visible: list[int] = self._cache[plan.block_tables_RW[row]].reshape(-1)[:length].tolist()
         return visible
 

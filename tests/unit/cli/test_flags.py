@@ -47,6 +47,7 @@ TYPED: dict[str, tuple[str | None, object]] = {
     "kv_cache_fraction": ("0.9", 0.9),
     "block_size": ("8", 8),
     "prefix_caching": (None, True),
+    "speculate": ("5", 5),
     "num_threads": ("9", 9),
     "watermark_gamma": ("0.9", 0.9),
     "watermark_delta": ("9", 9.0),

@@ -31,7 +31,7 @@ EXAMPLES: dict[str, tuple[str | bool, object]] = {
     "--validation-workers": ("4", 4),
     "--sharded": ("true", "true"),
     "--num-shard": ("2", 2),
-    "--quantize": ("bitsandbytes-nf4", "bitsandbytes-nf4"),
+    "--quantize": ("gptq", "gptq"),
     "--speculate": ("3", 3),
     "--dtype": ("bfloat16", "bfloat16"),
     "--kv-cache-dtype": ("fp8_e5m2", "fp8_e5m2"),
@@ -401,8 +401,8 @@ def test_a_model_in_a_folder_has_no_revision_and_is_named_by_its_path(tmp_path: 
         ),
         ({"validation_workers": "0"}, "--validation-workers: `0` (flag) is not a whole number from 1 up"),
         ({"max_batch_size": "0"}, "--max-batch-size: `0` (flag) is not a whole number from 1 up"),
-        ({"dtype": "bfloat16", "quantize": "eetq"}, "--quantize: `eetq` (flag) is refused"),
-        ({"quantize": "int4"}, "--quantize: `int4` (flag) is not one of none, awq,"),
+        ({"quantize": "eetq"}, "--quantize: `eetq` (flag) is not one of int8, int4, gptq, awq, compressed-tensors"),
+        ({"quantize": "bitsandbytes-nf4"}, "--quantize: `bitsandbytes-nf4` (flag) is not one of int8, int4, gptq,"),
         ({"cuda_graphs": ["1,x"]}, "--cuda-graphs: `1,x` (flag) is not a list in which each is a whole number from 0"),
         ({"port": "0"}, "--port: `0` (flag) is not a whole number from 1 to 65535"),
         ({"model_id": " "}, "--model-id: ` ` (flag) is not a line of text"),
@@ -451,7 +451,7 @@ def test_the_environment_is_shown_without_secrets_and_then_served(
 def test_serve_says_which_variables_it_does_not_heed(
     served: list[Settings], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QUANTIZE", "gptq")
+    monkeypatch.setenv("KV_CACHE_DTYPE", "fp8_e5m2")
     monkeypatch.setenv("SM_NUM_GPUS", "4")
     monkeypatch.setenv("ROPE_FACTOR", "x")
     monkeypatch.setenv("VALIDATION_WORKERS", "4")  # changes nothing, so nothing is said
@@ -459,14 +459,14 @@ def test_serve_says_which_variables_it_does_not_heed(
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(" is not heeded: ")[0] for line in lines] == [
         "--num-shard: `4` (environment variable SM_NUM_GPUS)",
-        "--quantize: `gptq` (environment variable QUANTIZE)",
+        "--kv-cache-dtype: `fp8_e5m2` (environment variable KV_CACHE_DTYPE)",
         "--rope-factor: `x` (environment variable ROPE_FACTOR)",
     ]
     assert served == [Settings()]
 
 
 def test_serve_is_silent_about_variables_that_ask_for_nothing() -> None:
-    assert unheeded_by_serve({"QUANTIZE": "", "NUM_SHARD": "1", "NGROK": "false", "SHARDED": "false"}) == []
+    assert unheeded_by_serve({"KV_CACHE_DTYPE": "", "NUM_SHARD": "1", "NGROK": "false", "SHARDED": "false"}) == []
 
 
 def test_the_page_has_the_tables_of_the_code() -> None:
@@ -486,7 +486,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--quantize", "gptq"], 1, "error: --quantize: `gptq` (flag) is refused: "),
+        (["--kv-cache-dtype", "fp8_e5m2"], 1, "error: --kv-cache-dtype: `fp8_e5m2` (flag) is refused: "),
         (["--max-input-tokens", "9", "--max-total-tokens", "9"], 1, "error: --max-input-tokens: 9 must be below"),
     ],
 )

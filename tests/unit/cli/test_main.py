@@ -65,7 +65,7 @@ def test_a_deliberate_error_is_one_line_and_exit_code_one(arguments: list[str], 
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["serve", "--quantize", "gptq"], ["generate"], ["fly"], ["serve", "a", "b"]])
+@pytest.mark.parametrize("arguments", [["serve", "--sharded", "true"], ["generate"], ["fly"], ["serve", "a", "b"]])
 def test_wrong_usage_is_exit_code_two_without_a_traceback(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
@@ -74,7 +74,7 @@ def test_wrong_usage_is_exit_code_two_without_a_traceback(arguments: list[str]) 
 
 
 def test_an_unknown_flag_is_named() -> None:
-    assert "No such option: --quantize" in run("serve", "--quantize", "gptq").stderr
+    assert "No such option: --sharded" in run("serve", "--sharded", "true").stderr
 
 
 def test_the_traceback_is_shown_on_demand() -> None:

@@ -15,7 +15,8 @@ from gyrfalcon.testing.columns import columns
 def test_a_model_that_fails_is_told_from_parameters_that_leave_nothing(num_candidates: int) -> None:
     logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     logits[1, 2] = torch.nan
-    rows = RowLogits(np.arange(3, dtype=np.int32), logits, np.zeros(3, dtype=np.int32))
+    where = np.arange(3, dtype=np.int32)
+    rows = RowLogits(where, where, logits, np.zeros(3, dtype=np.int32))
     made = columns(3, num_candidates=num_candidates, banned=[[], [], list(range(6))])
     codes = choose_or_propose(rows, made).token_ids_S.tolist()
     assert codes[0] >= 0

@@ -1,0 +1,4 @@
+// Marks what Python calls: plain C functions, the only symbols that the library shows.
+#pragma once
+
+#define GYRFALCON_EXPORT extern "C" __attribute__((visibility("default")))

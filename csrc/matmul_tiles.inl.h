@@ -1,0 +1,374 @@
+// Matrix products in the tile registers of AMX: bfloat16, int8 and, a group at a time, int4.
+//
+// A tile of activations is 16 rows (fewer where the product has fewer) of 64 bytes; a tile of weights is 1024 bytes of a
+// panel as it lies in memory. Where the number of rows is not a multiple of 16, the last tile of rows overlaps the one
+// before it: it computes the same bits again, and only new rows are finished.
+#pragma once
+
+#include "matmul_finish.inl.h"
+#include "matmul_vector.inl.h"
+#include "matrix.h"
+#include "tiles.h"
+#include "vec.h"
+
+namespace gyrfalcon::GYRFALCON_ISA {
+
+constexpr int kTileRows = 16;
+constexpr int kTileRowBytes = 64;
+constexpr int kTileBytes = kTileRows * kTileRowBytes;
+
+template <int kTile>
+inline void load_tile(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kTile>
+inline void store_tile(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kTile>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+
+// sum += x w; the operands' order in the assembly is that of Intel's manual read backwards.
+struct BFloat16Tiles {
+  template <int kSum, int kX, int kW>
+  static void multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kX), "i"(kW));
+  }
+};
+struct Int8Tiles {  // unsigned activations, signed weights
+  template <int kSum, int kX, int kW>
+  static void multiply() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kX), "i"(kW));
+  }
+};
+struct SignedTiles {
+  template <int kSum, int kX, int kW>
+  static void multiply() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kX), "i"(kW));
+  }
+};
+
+// Shapes for products of tiles of `rows` rows whose inner width is `row_bytes`: tiles 0 .. 3 sums, 4 and 5 activations, 6
+// and 7 weights.
+inline void configure_product_tiles(int rows, int row_bytes) {
+  TileConfig config = full_tile_config();
+  for (int i = 0; i < 6; ++i) config.rows[i] = static_cast<uint8_t>(rows);
+  for (int i = 4; i < 6; ++i) config.row_bytes[i] = static_cast<uint16_t>(row_bytes);
+  for (int i = 6; i < 8; ++i) config.rows[i] = static_cast<uint8_t>(row_bytes / 4);
+  configure_tiles(config);
+}
+
+inline int num_row_tiles(int num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
+inline int tile_rows(int num_rows) { return num_rows < kTileRows ? num_rows : kTileRows; }
+inline int first_row_of_tile(int tile, int num_rows) {
+  const int first = tile * kTileRows;
+  return num_rows >= kTileRows && first + kTileRows > num_rows ? num_rows - kTileRows : first;
+}
+
+// A block's operands over bytes 0 .. num_bytes of each row of activations.
+struct TileBlock {
+  const uint8_t* x[2];
+  int64_t x_stride;
+  const uint8_t* panels[4];
+  const uint8_t* ahead[4];  // what to fetch meanwhile: `lines_ahead` cache lines of each for every tile of the panel
+  int lines_ahead;
+  int64_t num_bytes;
+  uint8_t* sums;  // [row tile][panel][tile]
+  bool is_first;  // sums begin at zero
+};
+
+template <class Product, int kRowTiles, int kPanels>
+void tile_block(const TileBlock& b) {
+  static_assert(kRowTiles * kPanels <= 4 && kRowTiles <= 2);
+  const auto sums = [&](int i) { return b.sums + i * kTileBytes; };
+  if (b.is_first) {
+    clear_tile<0>();
+    if constexpr (kRowTiles * kPanels > 1) clear_tile<1>();
+    if constexpr (kRowTiles * kPanels > 2) clear_tile<2>();
+    if constexpr (kRowTiles * kPanels > 2) clear_tile<3>();
+  } else {
+    load_tile<0>(sums(0), kTileRowBytes);
+    if constexpr (kRowTiles * kPanels > 1) load_tile<1>(sums(1), kTileRowBytes);
+    if constexpr (kRowTiles * kPanels > 2) load_tile<2>(sums(2), kTileRowBytes);
+    if constexpr (kRowTiles * kPanels > 2) load_tile<3>(sums(3), kTileRowBytes);
+  }
+
+  const uint8_t* ahead[4];
+  for (int p = 0; p < kPanels; ++p) ahead[p] = b.ahead[p];
+  const int64_t ahead_bytes = static_cast<int64_t>(b.lines_ahead) * 64;
+  int64_t at = 0;
+  for (int64_t offset = 0; offset < b.num_bytes; offset += kTileRowBytes, at += kTileBytes) {
+    for (int p = 0; p < kPanels; ++p) {
+      for (int64_t line = 0; line < ahead_bytes; line += 64) prefetch(ahead[p] + line);
+      ahead[p] += ahead_bytes;
+    }
+    load_tile<4>(b.x[0] + offset, b.x_stride);
+    load_tile<6>(b.panels[0] + at, kTileRowBytes);
+    Product::template multiply<0, 4, 6>();
+    if constexpr (kPanels > 1) {
+      load_tile<7>(b.panels[1] + at, kTileRowBytes);
+      Product::template multiply<1, 4, 7>();
+    }
+    if constexpr (kPanels > 2) {
+      load_tile<6>(b.panels[2] + at, kTileRowBytes);
+      Product::template multiply<2, 4, 6>();
+      load_tile<7>(b.panels[3] + at, kTileRowBytes);
+      Product::template multiply<3, 4, 7>();
+    }
+    if constexpr (kRowTiles > 1) {
+      load_tile<5>(b.x[1] + offset, b.x_stride);
+      Product::template multiply<kPanels, 5, 6>();
+      if constexpr (kPanels > 1) Product::template multiply<3, 5, 7>();
+    }
+  }
+
+  store_tile<0>(sums(0), kTileRowBytes);
+  if constexpr (kRowTiles * kPanels > 1) store_tile<1>(sums(1), kTileRowBytes);
+  if constexpr (kRowTiles * kPanels > 2) store_tile<2>(sums(2), kTileRowBytes);
+  if constexpr (kRowTiles * kPanels > 2) store_tile<3>(sums(3), kTileRowBytes);
+}
+
+template <class Product>
+inline void run_tile_block(const TileBlock& b, int row_tiles, int panels) {
+  if (row_tiles == 2) {
+    if (panels == 2) return tile_block<Product, 2, 2>(b);
+    return tile_block<Product, 2, 1>(b);
+  }
+  if (panels == 4) return tile_block<Product, 1, 4>(b);
+  if (panels == 2) return tile_block<Product, 1, 2>(b);
+  return tile_block<Product, 1, 1>(b);
+}
+
+// ---- bfloat16 and int8 ----
+
+// While there are many rows, the inner width is cut into chunks of this many bytes of a row: two panels' chunk stays in
+// the level-1 cache while all rows pass by, and all rows' chunk in the level-2 cache while a group of panels does.
+constexpr int64_t kTileChunk = 1024;
+constexpr int kPanelGroup = 16;
+
+inline size_t tile_scratch_bytes(int num_rows) {
+  return static_cast<size_t>(num_row_tiles(num_rows)) * (num_rows <= 2 * kTileRows ? 4 : kPanelGroup) * kTileBytes;
+}
+
+// Finishes the rows of a set whose sums lie as `sums` [row tile][panel][tile], blocks of two row tiles after each other.
+template <class Value>
+inline void finish_tiles(const Matrix& w, const Output& out, const PanelSet& set, int first_tile, int row_tiles,
+                         int num_rows, const uint8_t* sums, const Value& value) {
+  for (int tile = 0; tile < row_tiles; ++tile) {
+    const int base = first_row_of_tile(first_tile + tile, num_rows), first = (first_tile + tile) * kTileRows;
+    const int end = base + tile_rows(num_rows);
+    const uint8_t* const tile_sums = sums + static_cast<int64_t>(tile) * set.count * kTileBytes;
+    finish_rows(w, out, set, first, end - first, [&](int row, int i) {
+      return value(row, set.panels[i], tile_sums + i * kTileBytes + (row - base) * kTileRowBytes);
+    });
+  }
+}
+
+template <class Product, class Value>
+inline void tile_matmul(const Matrix& w, const Activations& x, int num_rows, int first_panel, int last_panel,
+                        const Output& out, void* scratch, const Value& value) {
+  const bool in_pairs = out.finish == Finish::kGatedSilu;
+  const int row_tiles = num_row_tiles(num_rows);
+  const int64_t panel = static_cast<int64_t>(panel_bytes(w.storage, w.width, w.group));
+  const int64_t width = panel / kTileBytes * kTileRowBytes;
+  const uint8_t* const weights = static_cast<const uint8_t*>(w.panels);
+  uint8_t* const sums = static_cast<uint8_t*>(scratch);
+  configure_product_tiles(tile_rows(num_rows), kTileRowBytes);
+
+  TileBlock b;
+  b.x_stride = x.stride;
+  const auto set_rows = [&](int tile, int64_t begin) {
+    for (int i = 0; i < 2 && tile + i < row_tiles; ++i)
+      b.x[i] = x.data + first_row_of_tile(tile + i, num_rows) * x.stride + begin;
+  };
+
+  if (row_tiles <= 2) {
+    const PanelWalk walk(first_panel, last_panel, in_pairs, row_tiles == 1 ? 4 : 2);
+    set_rows(0, 0);
+    b.lines_ahead = kTileRows;
+    b.num_bytes = width;
+    b.sums = sums;
+    b.is_first = true;
+    for (int index = 0, num_sets = walk.num_sets(); index < num_sets; ++index) {
+      const PanelSet set = walk[index];
+      for (int i = 0; i < set.count; ++i) {
+        b.panels[i] = weights + set.panels[i] * panel;
+        b.ahead[i] = b.panels[i] + kFetchAhead;
+      }
+      run_tile_block<Product>(b, row_tiles, set.count);
+      finish_tiles(w, out, set, 0, row_tiles, num_rows, sums, value);
+    }
+    return;
+  }
+
+  for (int group = first_panel; group < last_panel; group += kPanelGroup) {
+    const int group_end = last_panel - group < kPanelGroup ? last_panel : group + kPanelGroup;
+    const int num_sets = (group_end - group + 1) / 2;
+    const auto set_at = [&](int index) {
+      const int first = group + 2 * index;
+      return first + 1 < group_end ? PanelSet{2, {first, first + 1}} : PanelSet{1, {first}};
+    };
+    for (int64_t begin = 0; begin < width; begin += kTileChunk) {
+      const int64_t num_bytes = width - begin < kTileChunk ? width - begin : kTileChunk;
+      const bool is_last = begin + num_bytes == width;
+      b.num_bytes = num_bytes;
+      b.is_first = begin == 0;
+      for (int index = 0; index < num_sets; ++index) {
+        const PanelSet set = set_at(index);
+        // The chunk that comes next: of the next set, of the first set further on, or of the next group.
+        const bool is_last_set = index + 1 == num_sets;
+        const int64_t next_begin = !is_last_set ? begin : is_last ? 0 : begin + num_bytes;
+        const int next_panel = !is_last_set ? set.panels[0] + 2 : is_last ? group_end : group;
+        const int blocks = (row_tiles + 1) / 2, steps = static_cast<int>(num_bytes / kTileRowBytes);
+        b.lines_ahead = next_panel < last_panel ? (kTileRows + blocks - 1) / blocks : 0;
+        for (int i = 0; i < set.count; ++i) {
+          b.panels[i] = weights + set.panels[i] * panel + begin * kTileRows;
+          const int next = next_panel + i < last_panel ? next_panel + i : next_panel;
+          b.ahead[i] = weights + next * panel + next_begin * kTileRows;
+        }
+        for (int tile = 0; tile < row_tiles; tile += 2) {
+          const int tiles = row_tiles - tile < 2 ? 1 : 2;
+          set_rows(tile, begin);
+          b.sums = sums + (static_cast<int64_t>(tile) * kPanelGroup + 2 * index * tiles) * kTileBytes;
+          run_tile_block<Product>(b, tiles, set.count);
+          for (int i = 0; i < set.count; ++i) b.ahead[i] += static_cast<int64_t>(b.lines_ahead) * steps * 64;
+          if (is_last) finish_tiles(w, out, set, tile, tiles, num_rows, b.sums, value);
+        }
+      }
+    }
+  }
+}
+
+// ---- int4 ----
+
+// Panels' codes less their zeros as signed bytes, in the layout of kInt8, so that tiles multiply them and what comes out
+// is the group's dot product, zero point included.
+inline void unpack_panel(const Matrix& w, int panel, int begin, int end, int8_t* unpacked) {
+  const int num_groups = padded_width(w.storage, w.width, w.group) / w.group;
+  const uint8_t* from = static_cast<const uint8_t*>(w.panels) +
+                        panel * static_cast<int64_t>(panel_bytes(w.storage, w.width, w.group)) + begin * 8;
+  const uint8_t* const zeros =
+      w.zeros ? w.zeros + static_cast<int64_t>(panel) * num_groups * kPanelWidth : nullptr;
+  for (int k = begin; k < end; k += w.group) {
+    const Ints zero =
+        zeros ? _mm512_mullo_epi32(load_bytes(zeros + k / w.group * kPanelWidth), _mm512_set1_epi32(0x01010101))
+              : _mm512_set1_epi8(8);
+    for (int i = 0; i < w.group; i += 8, from += 64, unpacked += 128) {
+      const Ints codes = load_ints(from);
+      store_lanes(unpacked, _mm512_sub_epi8(low_codes(codes), zero));
+      store_lanes(unpacked + 64, _mm512_sub_epi8(high_codes(codes), zero));
+    }
+  }
+}
+
+// One tile of rows times one panel over groups of unpacked codes: sums [row][16] go on. dots: memory for two tiles.
+template <int kTilesAGroup>
+inline void group_tile_block(const uint8_t* x, int64_t x_stride, const int8_t* panel, int num_groups, int group,
+                             const uint16_t* scales, const float* x_scales, int64_t x_scales_stride, int rows,
+                             float* sums, bool is_first, uint8_t* dots) {
+  // The products of a group are added up while the tiles work on the next one.
+  const auto multiply = [&](int g) {
+    const uint8_t* const left = x + g * group;
+    const int8_t* const right = panel + static_cast<int64_t>(g) * group * kPanelWidth;
+    if (g % 2 == 0) {
+      clear_tile<0>();
+      load_tile<4>(left, x_stride);
+      load_tile<6>(right, kTileRowBytes);
+      SignedTiles::multiply<0, 4, 6>();
+      if constexpr (kTilesAGroup > 1) {
+        load_tile<5>(left + 64, x_stride);
+        load_tile<7>(right + kTileBytes, kTileRowBytes);
+        SignedTiles::multiply<0, 5, 7>();
+      }
+      store_tile<0>(dots, kTileRowBytes);
+    } else {
+      clear_tile<1>();
+      load_tile<4>(left, x_stride);
+      load_tile<6>(right, kTileRowBytes);
+      SignedTiles::multiply<1, 4, 6>();
+      if constexpr (kTilesAGroup > 1) {
+        load_tile<5>(left + 64, x_stride);
+        load_tile<7>(right + kTileBytes, kTileRowBytes);
+        SignedTiles::multiply<1, 5, 7>();
+      }
+      store_tile<1>(dots + kTileBytes, kTileRowBytes);
+    }
+  };
+  const auto add = [&](int g, int row, Floats sum) {
+    const Ints dot = load_ints(dots + (g % 2) * kTileBytes + row * kTileRowBytes);
+    const Floats scale = scaled(x_scales[row * x_scales_stride + g], load_halves(scales + g * kPanelWidth));
+    return multiply_add(to_floats(dot), scale, sum);
+  };
+  multiply(0);
+  if (rows == kTileRows) {
+    Floats kept[kTileRows];
+#pragma GCC unroll 16
+    for (int row = 0; row < kTileRows; ++row)
+      kept[row] = is_first ? zero_floats() : load_floats(sums + row * kPanelWidth);
+    for (int g = 0; g < num_groups; ++g) {
+      if (g + 1 < num_groups) multiply(g + 1);
+#pragma GCC unroll 16
+      for (int row = 0; row < kTileRows; ++row) kept[row] = add(g, row, kept[row]);
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kTileRows; ++row) store_lanes(sums + row * kPanelWidth, kept[row]);
+    return;
+  }
+  if (is_first) std::memset(sums, 0, rows * kLaneBytes);
+  for (int g = 0; g < num_groups; ++g) {
+    if (g + 1 < num_groups) multiply(g + 1);
+    for (int row = 0; row < rows; ++row)
+      store_lanes(sums + row * kPanelWidth, add(g, row, load_floats(sums + row * kPanelWidth)));
+  }
+}
+
+// Inner positions unpacked at a time: they stay in the level-1 cache, and all rows' in the level-2 cache.
+constexpr int kUnpackedChunk = 1024;
+constexpr int kUnpackedGroup = 8;  // panels whose sums rest in memory together
+
+inline size_t group_tile_scratch_bytes(int num_rows) {
+  return 2 * kTileBytes + kUnpackedChunk * kPanelWidth +
+         static_cast<size_t>(num_row_tiles(num_rows)) * kUnpackedGroup * kTileBytes;
+}
+
+inline void group_tile_matmul(const Matrix& w, const Activations& x, int num_rows, int first_panel, int last_panel,
+                              const Output& out, void* scratch) {
+  const int row_tiles = num_row_tiles(num_rows), rows = tile_rows(num_rows);
+  const int width = padded_width(w.storage, w.width, w.group), num_groups = width / w.group;
+  uint8_t* const dots = static_cast<uint8_t*>(scratch);
+  int8_t* const unpacked = reinterpret_cast<int8_t*>(dots + 2 * kTileBytes);
+  uint8_t* const sums = dots + 2 * kTileBytes + kUnpackedChunk * kPanelWidth;
+  const bool in_pairs = out.finish == Finish::kGatedSilu;
+  configure_product_tiles(rows, w.group < 64 ? w.group : 64);
+
+  for (int first = first_panel; first < last_panel; first += kUnpackedGroup) {
+    const int last = last_panel - first < kUnpackedGroup ? last_panel : first + kUnpackedGroup;
+    for (int begin = 0; begin < width; begin += kUnpackedChunk) {
+      const int end = width - begin < kUnpackedChunk ? width : begin + kUnpackedChunk;
+      for (int panel = first; panel < last; ++panel) {
+        unpack_panel(w, panel, begin, end, unpacked);
+        const uint16_t* const scales =
+            w.scales_f16 + (static_cast<int64_t>(panel) * num_groups + begin / w.group) * kPanelWidth;
+        for (int tile = 0; tile < row_tiles; ++tile) {
+          const int64_t row = first_row_of_tile(tile, num_rows);
+          const auto block = w.group > 64 ? group_tile_block<2> : group_tile_block<1>;
+          block(x.data + row * x.stride + begin, x.stride, unpacked, (end - begin) / w.group, w.group, scales,
+                x.scales + row * num_groups + begin / w.group, num_groups, rows,
+                reinterpret_cast<float*>(sums + (static_cast<int64_t>(tile) * kUnpackedGroup + panel - first) * kTileBytes),
+                begin == 0, dots);
+        }
+      }
+    }
+    for (int panel = first; panel < last; panel += in_pairs ? 2 : 1) {
+      const PanelSet set = in_pairs ? PanelSet{2, {panel, panel + 1}} : PanelSet{1, {panel}};
+      for (int tile = 0; tile < row_tiles; ++tile)
+        finish_tiles(w, out, set, tile, 1, num_rows,
+                     sums + (static_cast<int64_t>(tile) * kUnpackedGroup + panel - first) * kTileBytes,
+                     [](int, int, const uint8_t* sum) { return load(reinterpret_cast<const float*>(sum)); });
+    }
+  }
+}
+
+}  // namespace gyrfalcon::GYRFALCON_ISA

@@ -1,0 +1,1 @@
+"""Kubernetes manifests, filled in for a model: sized by `gyrfalcon.footprint`."""
