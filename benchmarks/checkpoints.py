@@ -98,7 +98,7 @@ def num_weights_read(config: dict[str, Any]) -> int:
         layer = hidden * (hidden + keys) + hidden * hidden + 8 * hidden * hidden
     else:
         layer = hidden * (hidden + keys) + hidden * hidden + 3 * hidden * config["intermediate_size"]
-    return layers * layer + hidden * config["vocab_size"]
+    return int(layers * layer + hidden * config["vocab_size"])
 
 
 def cache_values_per_token(config: dict[str, Any]) -> int:

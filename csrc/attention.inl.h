@@ -5,7 +5,7 @@
 //
 // What gives a row the same bits in any company: runs are cut at absolute positions, and product rows are computed
 // together only if their tokens lie in one run, so that a row's sums pass the same runs whether its token came alone
-// or in a chunk of 500. Within a run a row's largest score and total are made of the keys it sees, in one order; its
+// or in a chunk of 500. Within a run a row's level and total are made of the keys it sees, in one order; its
 // weighted values add up in ascending order of position, where hidden positions add 0 times a finite value. That can
 // change at most the sign of a zero, and a zero's sign is dropped at the end.
 #pragma once
@@ -18,22 +18,23 @@
 
 namespace gyrfalcon::GYRFALCON_ISA {
 
-// Positions of a run, in whole blocks or within one. With twice as many the scores would not stay in the first-level cache,
-// which costs tile products half their speed.
-constexpr int kRun = 128;
+// Positions of a run, which is some blocks or part of one. Scores, keys and values of a run and the queries' own buffers
+// should stay in the first-level cache: tile products take half as long again where they do not.
+constexpr int kRun = 64;
 constexpr int kMostProducts = 32;        // product rows computed together: two tiles
 constexpr int kScoreStride = kRun + 16;  // rows a power of two apart would share cache sets
 
 // What a thread computes with; see attend_scratch_bytes.
 struct AttentionScratch {
-  float* scores;    // [M][kScoreStride]; the weights of bfloat16 products take their place, from the row's beginning
+  float* scores;    // [M][kScoreStride]; weights take their place, those in bfloat16 from the row's beginning on
   float* sums;      // [M][E rounded up to 16]: weighted values
   float* totals;    // [M][16]: sums of weights, lane by lane
   float* positions; // [kRun]: the run's positions rounded to bfloat16, for the bias
   float* queries;   // [M][E], or bfloat16 for tiles
   float* keys;      // [E][kRun]; tiles do not use it
   float* values;    // [kRun][E rounded up to 16]; tiles: one step's values, bfloat16 [16][E][2]
-  float maxima[kMostProducts];
+  float levels[kMostProducts];  // the scores that have weight 1
+  float slopes[kMostProducts];       // of the bias, rounded to bfloat16
   int num_positions[kMostProducts];  // that a product row sees, from the first of its row on
 };
 
@@ -66,85 +67,65 @@ inline int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 
 // ---- softmax of a run ----
 
-inline float round_to_bf16(float x) { return widen(narrow(x)); }
-
 inline vec16 round_to_bf16(vec16 x) {  // of finite values
   const ivec16 bits = (ivec16)x;
   return (vec16)((bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000);
 }
 
-// Adds the bias of a run's positions to `count` of a row's scores.
-inline void add_bias(float* scores, const float* positions, float slope, int count) {
-  const vec16 slopes = splat(round_to_bf16(slope));
-  for (int p = 0; p < count; p += 16)
-    store(scores + p, load(scores + p) + round_to_bf16(slopes * load(positions + p)));
+inline void round_positions(int run_begin, float* positions) {
+  const ivec16 numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int p = 0; p < kRun; p += 16) store(positions + p, round_to_bf16(from_int(numbers + (run_begin + p))));
 }
 
-// The largest of a row's `seen` scores and `least`; hides the others of the last sixteen.
-inline float hide_and_find_largest(float* scores, int seen, float least) {
+// Adds the bias of a run's positions to `count` of a row's scores.
+inline void add_bias(float* scores, const float* positions, float slope, int count) {
+  for (int p = 0; p < count; p += 16)
+    store(scores + p, load(scores + p) + round_to_bf16(splat(slope) * load(positions + p)));
+}
+
+// The largest of a row's `seen` scores; hides the others of the last sixteen.
+inline float hide_and_find_largest(float* scores, int seen) {
   const int whole = seen / 16 * 16;
-  vec16 maxima = splat(least);
+  vec16 maxima = splat(-kInfinity);
   if (whole < seen) {
-    const vec16 x = choose(first_elements(seen - whole), load(scores + whole), splat(-kInfinity));
-    store(scores + whole, x);
-    maxima = max(maxima, x);
+    maxima = choose(first_elements(seen - whole), load(scores + whole), maxima);
+    store(scores + whole, maxima);
   }
   for (int p = 0; p < whole; p += 16) maxima = max(maxima, load(scores + p));
   return largest(maxima);
 }
 
-// Rounded to bfloat16, for numbers that are zero, normal or NaN.
-inline void store_weights(uint16_t* p, vec16 w) {
-#if defined(__AVX512BF16__)
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)w);
-  std::memcpy(p, &rounded, sizeof rounded);
-#else
-  store_bf16(p, w);
-#endif
-}
+// A row's level follows its largest score, but only when that has got ahead of it by this many powers of 2: sums are seldom
+// brought to a new level, and weights up to 2^8 are as exact as those up to 1.
+constexpr float kSlack = 8.0f;
 
-// Turns a row's scores, in place, into weights 2^(factor * (score - maximum)), zeros from `seen` up to `end` (a multiple of
-// 16), and adds them to `totals`. bfloat16 weights are stored from the row's beginning on: never ahead of the scores read.
-template <bool kToBf16>
-inline void weigh(float* scores, int seen, int end, float factor, float maximum, float* totals) {
-  const vec16 factors = splat(factor), offset = splat(-(factor * maximum));
-  uint16_t* halves_of_scores = reinterpret_cast<uint16_t*>(scores);
-  vec16 total = load(totals);
-  int p = 0;
-  for (; p < seen; p += 16) {
-    const vec16 w = exp2(fma(load(scores + p), factors, offset));
-    total += w;
-    if (kToBf16) store_weights(halves_of_scores + p, w);
-    else store(scores + p, w);
-  }
-  store(totals, total);
-  for (; p < end; p += 16) {
-    if (kToBf16) store_weights(halves_of_scores + p, splat(0.0f));
-    else store(scores + p, splat(0.0f));
-  }
-}
-
-// Turns the scores of a run into weights, and brings the sums so far to the new maxima.
-template <bool kToBf16>
-inline void weigh_run(const AttentionPart& part, int run_begin, int end, AttentionScratch& scratch) {
+// Brings a run's scores to their final form, the sums so far to the new levels, and hands every row to
+// `weigh(scores, seen, factor, offset, totals)`, which turns the scores into weights 2^(factor * score + offset), zeros
+// beyond the `seen` first, and adds them to the totals.
+template <typename Weigh>
+inline void weigh_run(const AttentionPart& part, int run_begin, AttentionScratch& scratch, const Weigh& weigh) {
   const int sums_stride = round_up(part.shape.head_size, 16);
   const float factor = part.shape.scale * 1.44269504f;  // to powers of 2
+  int seen[kMostProducts];
+  if (part.slopes != nullptr) round_positions(run_begin, scratch.positions);
+  // All levels before all weights: a row's weights wait for its level, so that other rows' had better come between.
   for (int m = 0; m < part.num_products; ++m) {
     float* scores = scratch.scores + m * kScoreStride;
-    const int ahead = scratch.num_positions[m] - run_begin, seen = ahead < kRun ? ahead : kRun;
-    if (part.slopes != nullptr) add_bias(scores, scratch.positions, part.slopes[part.head_of(m)], seen);
-    const float old_maximum = scratch.maxima[m];
-    const float maximum = hide_and_find_largest(scores, seen, old_maximum);
-    if (maximum != old_maximum) {
-      scratch.maxima[m] = maximum;
-      const vec16 decay = exp2(splat(factor * old_maximum - factor * maximum));
-      float* totals = scratch.totals + m * 16;
-      store(totals, load(totals) * decay);
-      float* sums = scratch.sums + m * sums_stride;
-      for (int e = 0; e < sums_stride; e += 16) store(sums + e, load(sums + e) * decay);
-    }
-    weigh<kToBf16>(scores, seen, end, factor, maximum, scratch.totals + m * 16);
+    const int ahead = scratch.num_positions[m] - run_begin;
+    seen[m] = ahead < kRun ? ahead : kRun;
+    if (part.slopes != nullptr) add_bias(scores, scratch.positions, scratch.slopes[m], seen[m]);
+    const float old_level = scratch.levels[m], largest_score = hide_and_find_largest(scores, seen[m]);
+    // False if both are -infinity or one is NaN: the row's weights are NaN then.
+    if (!(factor * (largest_score - old_level) > kSlack)) continue;
+    scratch.levels[m] = largest_score;
+    const vec16 decay = exp2(splat(factor * old_level - factor * largest_score));
+    float* totals = scratch.totals + m * 16;
+    store(totals, load(totals) * decay);
+    float* sums = scratch.sums + m * sums_stride;
+    for (int e = 0; e < sums_stride; e += 16) store(sums + e, load(sums + e) * decay);
   }
+  for (int m = 0; m < part.num_products; ++m)
+    weigh(scratch.scores + m * kScoreStride, seen[m], factor, -(factor * scratch.levels[m]), scratch.totals + m * 16);
 }
 
 // ---- values that are not finite ----
@@ -233,11 +214,11 @@ inline void store_means(const AttentionPart& part, const AttentionScratch& scrat
   const int head_size = part.shape.head_size, sums_stride = round_up(head_size, 16);
   for (int m = 0; m < part.num_products; ++m) {
     const float* sums = scratch.sums + m * sums_stride;
-    const vec16 total = splat(sum(load(scratch.totals + m * 16)));
+    const vec16 factor = splat(1.0f / sum(load(scratch.totals + m * 16)));
     const int64_t at = part.token_of(m) * out.stride + static_cast<int64_t>(part.head_of(m)) * head_size;
     for (int e = 0; e < head_size; e += 16) {
       const int count = head_size - e < 16 ? head_size - e : 16;
-      const vec16 mean = load(sums + e) / total + splat(0.0f);  // -0 becomes 0
+      const vec16 mean = load(sums + e) * factor + splat(0.0f);  // -0 becomes 0
       if (out.is_bf16) {
         uint16_t rounded[16];
         store_bf16(rounded, mean);
@@ -264,17 +245,15 @@ inline void attend_part(AttentionPart part, const AttentionOutput& out, Attentio
     return;
   }
   for (int m = 0; m < part.num_products; ++m) {
-    scratch.maxima[m] = -kInfinity;
+    scratch.levels[m] = -kInfinity;
     scratch.num_positions[m] = part.position_of(m) + 1;
+    if (part.slopes != nullptr) scratch.slopes[m] = widen(narrow(part.slopes[part.head_of(m)]));
   }
   std::memset(scratch.totals, 0, sizeof(float) * 16 * part.num_products);
   std::memset(scratch.sums, 0, sizeof(float) * round_up(part.shape.head_size, 16) * kMostProducts);
 #if defined(__AMX_BF16__)
-  if (use_tiles(part.shape)) {
-    attend_with_tiles(part, scratch);
-    store_means(part, scratch, out);
-    return;
-  }
+  if (use_tiles(part.shape)) attend_with_tiles(part, scratch);
+  else
 #endif
   attend_with_vectors(part, scratch);
   store_means(part, scratch, out);

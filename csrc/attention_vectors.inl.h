@@ -10,17 +10,17 @@ namespace gyrfalcon::GYRFALCON_ISA {
 #if defined(__AVX512F__)
 typedef __m512 lanes;
 constexpr int kLanes = 16, kRowsAtOnce = 4, kLanesAtOnce = 4, kLanesAlone = 8;
-inline lanes load_lanes(const float* p) { return _mm512_loadu_ps(p); }
-inline void store_lanes(float* p, lanes x) { _mm512_storeu_ps(p, x); }
-inline lanes splat_lanes(float x) { return _mm512_set1_ps(x); }
-inline lanes fma_lanes(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline lanes read_lanes(const float* p) { return _mm512_loadu_ps(p); }
+inline void write_lanes(float* p, lanes x) { _mm512_storeu_ps(p, x); }
+inline lanes fill_lanes(float x) { return _mm512_set1_ps(x); }
+inline lanes add_product_of_lanes(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
 #else
 typedef __m256 lanes;
 constexpr int kLanes = 8, kRowsAtOnce = 4, kLanesAtOnce = 2, kLanesAlone = 8;
-inline lanes load_lanes(const float* p) { return _mm256_loadu_ps(p); }
-inline void store_lanes(float* p, lanes x) { _mm256_storeu_ps(p, x); }
-inline lanes splat_lanes(float x) { return _mm256_set1_ps(x); }
-inline lanes fma_lanes(lanes a, lanes b, lanes c) { return _mm256_fmadd_ps(a, b, c); }
+inline lanes read_lanes(const float* p) { return _mm256_loadu_ps(p); }
+inline void write_lanes(float* p, lanes x) { _mm256_storeu_ps(p, x); }
+inline lanes fill_lanes(float x) { return _mm256_set1_ps(x); }
+inline lanes add_product_of_lanes(lanes a, lanes b, lanes c) { return _mm256_fmadd_ps(a, b, c); }
 #endif
 
 // out[r][c] += sum over i of left[r][i] * right[i][c] in ascending i, one chain an element, for R rows and C registers of
@@ -30,17 +30,17 @@ inline void add_product_block(const float* left, int left_stride, const float* r
                               float* out, int out_stride) {
   lanes sums[R][C];
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) sums[r][c] = load_lanes(out + r * out_stride + c * kLanes);
+    for (int c = 0; c < C; ++c) sums[r][c] = read_lanes(out + r * out_stride + c * kLanes);
   for (int i = 0; i < depth; ++i) {
     lanes columns[C];
-    for (int c = 0; c < C; ++c) columns[c] = load_lanes(right + static_cast<int64_t>(i) * right_stride + c * kLanes);
+    for (int c = 0; c < C; ++c) columns[c] = read_lanes(right + static_cast<int64_t>(i) * right_stride + c * kLanes);
     for (int r = 0; r < R; ++r) {
-      const lanes x = splat_lanes(left[r * left_stride + i]);
-      for (int c = 0; c < C; ++c) sums[r][c] = fma_lanes(x, columns[c], sums[r][c]);
+      const lanes x = fill_lanes(left[r * left_stride + i]);
+      for (int c = 0; c < C; ++c) sums[r][c] = add_product_of_lanes(x, columns[c], sums[r][c]);
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store_lanes(out + r * out_stride + c * kLanes, sums[r][c]);
+    for (int c = 0; c < C; ++c) write_lanes(out + r * out_stride + c * kLanes, sums[r][c]);
 }
 
 template <int R, int C>
@@ -106,6 +106,19 @@ inline void gather_values(const AttentionPart& part, int run_begin, int count, f
   }
 }
 
+// The weights take the scores' place; `end` is a multiple of 16.
+inline void weigh_in_place(float* scores, int seen, int end, float factor, float offset, float* totals) {
+  vec16 total = load(totals);
+  int p = 0;
+  for (; p < seen; p += 16) {
+    const vec16 w = exp2(fma(load(scores + p), splat(factor), splat(offset)));
+    total += w;
+    store(scores + p, w);
+  }
+  store(totals, total);
+  for (; p < end; p += 16) store(scores + p, splat(0.0f));
+}
+
 inline void attend_with_vectors(const AttentionPart& part, AttentionScratch& scratch) {
   const int head_size = part.shape.head_size, padded = round_up(head_size, 16), num_products = part.num_products;
   for (int m = 0; m < num_products; ++m)
@@ -115,12 +128,12 @@ inline void attend_with_vectors(const AttentionPart& part, AttentionScratch& scr
     const int count = end - run_begin < kRun ? end - run_begin : kRun, whole = round_up(count, 16);
     gather_keys(part, run_begin, whole, scratch.keys);
     gather_values(part, run_begin, count, scratch.values);
-    if (part.slopes != nullptr)
-      for (int p = 0; p < whole; ++p) scratch.positions[p] = round_to_bf16(static_cast<float>(run_begin + p));
     for (int m = 0; m < num_products; ++m) std::memset(scratch.scores + m * kScoreStride, 0, sizeof(float) * whole);
     add_product(scratch.queries, head_size, num_products, scratch.keys, kRun, head_size, whole, scratch.scores,
                 kScoreStride);
-    weigh_run<false>(part, run_begin, whole, scratch);
+    weigh_run(part, run_begin, scratch, [whole](float* scores, int seen, float factor, float offset, float* totals) {
+      weigh_in_place(scores, seen, whole, factor, offset, totals);
+    });
     add_product(scratch.scores, kScoreStride, num_products, scratch.values, padded, count, padded, scratch.sums,
                 padded);
   }

@@ -1,6 +1,8 @@
 // The end of a matrix product: bias, activation and the columns' stores, and the order in which panels are taken.
 #pragma once
 
+#include <type_traits>
+
 #include "matrix.h"
 #include "rows.inl.h"
 #include "vec.h"
@@ -12,68 +14,70 @@ inline vec16 gelu(vec16 x) { return splat(0.5f) * x * (splat(1.0f) + erf(x * spl
 
 inline vec16 silu(vec16 x) { return x / (splat(1.0f) + exp(-x)); }
 
-// Columns of a panel that exist: 16, or what is left of `total`.
-inline int columns_from(int first, int total) {
-  const int count = total - first;
-  return count < kPanelWidth ? count : kPanelWidth;
-}
-
-inline void store_columns(const Output& out, int64_t row, int first, int count, vec16 value) {
-  if (count <= 0) return;
-  const int64_t index = row * out.stride + first;
-  if (out.is_bf16) {
-    uint16_t* const to = static_cast<uint16_t*>(out.data) + index;
-    if (count == kPanelWidth) return store_bf16(to, value);
-    uint16_t columns[kPanelWidth];
-    store_bf16(columns, value);
-    std::memcpy(to, columns, sizeof(uint16_t) * count);
-    return;
-  }
-  float* const to = static_cast<float*>(out.data) + index;
-  if (out.finish == Finish::kAdd) value = load_some(to, count) + value;
-  if (count == kPanelWidth)
-    store(to, value);
-  else
-    store_part(to, value, count);
-}
-
 // Panels computed together; with kGatedSilu they are pairs of gate and up.
 struct PanelSet {
   int count;
   int panels[4];
 };
 
+template <Finish kFinish, bool kIsBf16>
+inline void store_columns(void* to, int count, vec16 value) {
+  if constexpr (kIsBf16) {
+    if (count == kPanelWidth) return store_bf16(static_cast<uint16_t*>(to), value);
+    uint16_t columns[kPanelWidth];
+    store_bf16(columns, value);
+    std::memcpy(to, columns, sizeof(uint16_t) * count);
+  } else {
+    float* const floats = static_cast<float*>(to);
+    if (count == kPanelWidth) {
+      store(floats, kFinish == Finish::kAdd ? load(floats) + value : value);
+    } else {
+      store_part(floats, kFinish == Finish::kAdd ? load_part(floats, count) + value : value, count);
+    }
+  }
+}
+
+template <Finish kFinish, bool kIsBf16, class Value>
+inline void finish_rows_as(const Matrix& w, const Output& out, const PanelSet& set, int first_row, int num_rows,
+                           const Value& value) {
+  constexpr bool kIsGated = kFinish == Finish::kGatedSilu;
+  constexpr int64_t kSize = kIsBf16 ? 2 : 4;
+  for (int i = 0; i < set.count; i += kIsGated ? 2 : 1) {
+    const int packed = set.panels[i] * kPanelWidth, first = kIsGated ? packed / 2 : packed;
+    const int rest = (kIsGated ? w.num_outputs / 2 : w.num_outputs) - first;
+    const int count = rest < kPanelWidth ? rest : kPanelWidth;
+    uint8_t* to = static_cast<uint8_t*>(out.data) + (first_row * out.stride + first) * kSize;
+    // Of gate and up the bias lies as their panels do, whole.
+    vec16 bias = splat(0.0f), up_bias = splat(0.0f);
+    if (w.bias) bias = kIsGated ? load(w.bias + packed) : load_some(w.bias + packed, count);
+    if (w.bias && kIsGated) up_bias = load(w.bias + packed + kPanelWidth);
+    for (int row = first_row; row < first_row + num_rows; ++row, to += out.stride * kSize) {
+      vec16 v = value(row, i);
+      if (w.bias) v += bias;
+      if constexpr (kFinish == Finish::kGelu) v = gelu(v);
+      if constexpr (kIsGated) {
+        vec16 up = value(row, i + 1);
+        if (w.bias) up += up_bias;
+        v = silu(v) * up;
+      }
+      store_columns<kFinish, kIsBf16>(to, count, v);
+    }
+  }
+}
+
 // Finishes rows first_row .. first_row + num_rows. value(row, i) is the product of a row with panel set.panels[i].
 template <class Value>
 inline void finish_rows(const Matrix& w, const Output& out, const PanelSet& set, int first_row, int num_rows,
                         const Value& value) {
-  const bool is_gated = out.finish == Finish::kGatedSilu;
-  for (int i = 0; i < set.count; i += is_gated ? 2 : 1) {
-    const int panel = set.panels[i], first = panel * kPanelWidth;
-    if (is_gated) {
-      // N / 2 outputs; gate and up have as many panels each as these fill, so a bias lies in whole panels.
-      const int column = first / 2, count = columns_from(column, w.num_outputs / 2);
-      const vec16 none = splat(0.0f);
-      const vec16 gate_bias = w.bias ? load(w.bias + first) : none;
-      const vec16 up_bias = w.bias ? load(w.bias + first + kPanelWidth) : none;
-      for (int row = first_row; row < first_row + num_rows; ++row) {
-        vec16 gate = value(row, i), up = value(row, i + 1);
-        if (w.bias) {
-          gate += gate_bias;
-          up += up_bias;
-        }
-        store_columns(out, row, column, count, silu(gate) * up);
-      }
-      continue;
-    }
-    const int count = columns_from(first, w.num_outputs);
-    const vec16 bias = w.bias ? load_some(w.bias + first, count) : splat(0.0f);
-    for (int row = first_row; row < first_row + num_rows; ++row) {
-      vec16 v = value(row, i);
-      if (w.bias) v += bias;
-      if (out.finish == Finish::kGelu) v = gelu(v);
-      store_columns(out, row, first, count, v);
-    }
+  const auto as = [&](auto finish, auto is_bf16) {
+    finish_rows_as<decltype(finish)::value, decltype(is_bf16)::value>(w, out, set, first_row, num_rows, value);
+  };
+  const auto in_type = [&](auto finish) { out.is_bf16 ? as(finish, std::true_type()) : as(finish, std::false_type()); };
+  switch (out.finish) {
+    case Finish::kStore: return in_type(std::integral_constant<Finish, Finish::kStore>());
+    case Finish::kAdd: return as(std::integral_constant<Finish, Finish::kAdd>(), std::false_type());
+    case Finish::kGelu: return in_type(std::integral_constant<Finish, Finish::kGelu>());
+    case Finish::kGatedSilu: return in_type(std::integral_constant<Finish, Finish::kGatedSilu>());
   }
 }
 

@@ -75,24 +75,23 @@ struct TileBlock {
   const uint8_t* ahead[4];  // what to fetch meanwhile: `lines_ahead` cache lines of each for every tile of the panel
   int lines_ahead;
   int64_t num_bytes;
-  uint8_t* sums;  // [row tile][panel][tile]
-  bool is_first;  // sums begin at zero
+  const uint8_t* before;  // sums so far, [row tile][panel][tile]; null: zero
+  uint8_t* sums;          // the sums afterwards
 };
 
 template <class Product, int kRowTiles, int kPanels>
 void tile_block(const TileBlock& b) {
   static_assert(kRowTiles * kPanels <= 4 && kRowTiles <= 2);
-  const auto sums = [&](int i) { return b.sums + i * kTileBytes; };
-  if (b.is_first) {
+  if (!b.before) {
     clear_tile<0>();
     if constexpr (kRowTiles * kPanels > 1) clear_tile<1>();
     if constexpr (kRowTiles * kPanels > 2) clear_tile<2>();
     if constexpr (kRowTiles * kPanels > 2) clear_tile<3>();
   } else {
-    load_tile<0>(sums(0), kTileRowBytes);
-    if constexpr (kRowTiles * kPanels > 1) load_tile<1>(sums(1), kTileRowBytes);
-    if constexpr (kRowTiles * kPanels > 2) load_tile<2>(sums(2), kTileRowBytes);
-    if constexpr (kRowTiles * kPanels > 2) load_tile<3>(sums(3), kTileRowBytes);
+    load_tile<0>(b.before, kTileRowBytes);
+    if constexpr (kRowTiles * kPanels > 1) load_tile<1>(b.before + kTileBytes, kTileRowBytes);
+    if constexpr (kRowTiles * kPanels > 2) load_tile<2>(b.before + 2 * kTileBytes, kTileRowBytes);
+    if constexpr (kRowTiles * kPanels > 2) load_tile<3>(b.before + 3 * kTileBytes, kTileRowBytes);
   }
 
   const uint8_t* ahead[4];
@@ -124,10 +123,10 @@ void tile_block(const TileBlock& b) {
     }
   }
 
-  store_tile<0>(sums(0), kTileRowBytes);
-  if constexpr (kRowTiles * kPanels > 1) store_tile<1>(sums(1), kTileRowBytes);
-  if constexpr (kRowTiles * kPanels > 2) store_tile<2>(sums(2), kTileRowBytes);
-  if constexpr (kRowTiles * kPanels > 2) store_tile<3>(sums(3), kTileRowBytes);
+  store_tile<0>(b.sums, kTileRowBytes);
+  if constexpr (kRowTiles * kPanels > 1) store_tile<1>(b.sums + kTileBytes, kTileRowBytes);
+  if constexpr (kRowTiles * kPanels > 2) store_tile<2>(b.sums + 2 * kTileBytes, kTileRowBytes);
+  if constexpr (kRowTiles * kPanels > 2) store_tile<3>(b.sums + 3 * kTileBytes, kTileRowBytes);
 }
 
 template <class Product>
@@ -143,13 +142,16 @@ inline void run_tile_block(const TileBlock& b, int row_tiles, int panels) {
 
 // ---- bfloat16 and int8 ----
 
-// While there are many rows, the inner width is cut into chunks of this many bytes of a row: two panels' chunk stays in
-// the level-1 cache while all rows pass by, and all rows' chunk in the level-2 cache while a group of panels does.
-constexpr int64_t kTileChunk = 1024;
-constexpr int kPanelGroup = 16;
+// Many rows are computed some row tiles, and some bytes of a row, at a time: these are 1 MiB of activations, which stay
+// in the level-2 cache while panels pass by. Between chunks of a row the sums of a group of panels rest in memory.
+constexpr int64_t kTileChunk = 4096;
+constexpr int kRowTileGroup = 16;
+constexpr int kPanelGroup = 32;
 
 inline size_t tile_scratch_bytes(int num_rows) {
-  return static_cast<size_t>(num_row_tiles(num_rows)) * (num_rows <= 2 * kTileRows ? 4 : kPanelGroup) * kTileBytes;
+  const size_t row_tiles = num_row_tiles(num_rows);
+  const size_t resting = row_tiles <= 2 ? 0 : row_tiles < kRowTileGroup ? row_tiles : kRowTileGroup;
+  return (4 + resting * kPanelGroup) * kTileBytes;
 }
 
 // Finishes the rows of a set whose sums lie as `sums` [row tile][panel][tile], blocks of two row tiles after each other.
@@ -174,7 +176,8 @@ inline void tile_matmul(const Matrix& w, const Activations& x, int num_rows, int
   const int64_t panel = static_cast<int64_t>(panel_bytes(w.storage, w.width, w.group));
   const int64_t width = panel / kTileBytes * kTileRowBytes;
   const uint8_t* const weights = static_cast<const uint8_t*>(w.panels);
-  uint8_t* const sums = static_cast<uint8_t*>(scratch);
+  uint8_t* const finished = static_cast<uint8_t*>(scratch);  // one block's, which stays in the level-1 cache
+  uint8_t* const sums = finished + 4 * kTileBytes;
   configure_product_tiles(tile_rows(num_rows), kTileRowBytes);
 
   TileBlock b;
@@ -189,8 +192,8 @@ inline void tile_matmul(const Matrix& w, const Activations& x, int num_rows, int
     set_rows(0, 0);
     b.lines_ahead = kTileRows;
     b.num_bytes = width;
-    b.sums = sums;
-    b.is_first = true;
+    b.before = nullptr;
+    b.sums = finished;
     for (int index = 0, num_sets = walk.num_sets(); index < num_sets; ++index) {
       const PanelSet set = walk[index];
       for (int i = 0; i < set.count; ++i) {
@@ -198,43 +201,42 @@ inline void tile_matmul(const Matrix& w, const Activations& x, int num_rows, int
         b.ahead[i] = b.panels[i] + kFetchAhead;
       }
       run_tile_block<Product>(b, row_tiles, set.count);
-      finish_tiles(w, out, set, 0, row_tiles, num_rows, sums, value);
+      finish_tiles(w, out, set, 0, row_tiles, num_rows, finished, value);
     }
     return;
   }
 
-  for (int group = first_panel; group < last_panel; group += kPanelGroup) {
-    const int group_end = last_panel - group < kPanelGroup ? last_panel : group + kPanelGroup;
-    const int num_sets = (group_end - group + 1) / 2;
-    const auto set_at = [&](int index) {
-      const int first = group + 2 * index;
-      return first + 1 < group_end ? PanelSet{2, {first, first + 1}} : PanelSet{1, {first}};
-    };
-    for (int64_t begin = 0; begin < width; begin += kTileChunk) {
-      const int64_t num_bytes = width - begin < kTileChunk ? width - begin : kTileChunk;
-      const bool is_last = begin + num_bytes == width;
-      b.num_bytes = num_bytes;
-      b.is_first = begin == 0;
-      for (int index = 0; index < num_sets; ++index) {
-        const PanelSet set = set_at(index);
-        // The chunk that comes next: of the next set, of the first set further on, or of the next group.
-        const bool is_last_set = index + 1 == num_sets;
-        const int64_t next_begin = !is_last_set ? begin : is_last ? 0 : begin + num_bytes;
-        const int next_panel = !is_last_set ? set.panels[0] + 2 : is_last ? group_end : group;
-        const int blocks = (row_tiles + 1) / 2, steps = static_cast<int>(num_bytes / kTileRowBytes);
-        b.lines_ahead = next_panel < last_panel ? (kTileRows + blocks - 1) / blocks : 0;
-        for (int i = 0; i < set.count; ++i) {
-          b.panels[i] = weights + set.panels[i] * panel + begin * kTileRows;
-          const int next = next_panel + i < last_panel ? next_panel + i : next_panel;
-          b.ahead[i] = weights + next * panel + next_begin * kTileRows;
-        }
-        for (int tile = 0; tile < row_tiles; tile += 2) {
-          const int tiles = row_tiles - tile < 2 ? 1 : 2;
-          set_rows(tile, begin);
-          b.sums = sums + (static_cast<int64_t>(tile) * kPanelGroup + 2 * index * tiles) * kTileBytes;
-          run_tile_block<Product>(b, tiles, set.count);
-          for (int i = 0; i < set.count; ++i) b.ahead[i] += static_cast<int64_t>(b.lines_ahead) * steps * 64;
-          if (is_last) finish_tiles(w, out, set, tile, tiles, num_rows, b.sums, value);
+  for (int first_tile = 0; first_tile < row_tiles; first_tile += kRowTileGroup) {
+    const int last_tile = row_tiles - first_tile < kRowTileGroup ? row_tiles : first_tile + kRowTileGroup;
+    const int blocks = (last_tile - first_tile + 1) / 2;
+    for (int group = first_panel; group < last_panel; group += kPanelGroup) {
+      const int group_end = last_panel - group < kPanelGroup ? last_panel : group + kPanelGroup;
+      for (int64_t begin = 0; begin < width; begin += kTileChunk) {
+        b.num_bytes = width - begin < kTileChunk ? width - begin : kTileChunk;
+        const bool is_last = begin + b.num_bytes == width;
+        for (int first = group; first < group_end; first += 2) {
+          const PanelSet set = first + 1 < group_end ? PanelSet{2, {first, first + 1}} : PanelSet{1, {first}};
+          // What comes next: the same chunk of two panels more, the next chunk of the group, or the next group.
+          const bool is_last_set = first + 2 >= group_end;
+          const int64_t next_begin = !is_last_set ? begin : is_last ? 0 : begin + b.num_bytes;
+          const int next_panel = !is_last_set ? first + 2 : is_last ? group_end : group;
+          b.lines_ahead = next_panel < last_panel ? (kTileRows + blocks - 1) / blocks : 0;
+          for (int i = 0; i < set.count; ++i) {
+            b.panels[i] = weights + set.panels[i] * panel + begin * kTileRows;
+            const int next = next_panel + i < last_panel ? next_panel + i : next_panel;
+            b.ahead[i] = weights + next * panel + next_begin * kTileRows;
+          }
+          for (int tile = first_tile; tile < last_tile; tile += 2) {
+            const int tiles = last_tile - tile < 2 ? 1 : 2;
+            set_rows(tile, begin);
+            uint8_t* const resting =
+                sums + (static_cast<int64_t>(tile - first_tile) * kPanelGroup + (first - group) * tiles) * kTileBytes;
+            b.before = begin == 0 ? nullptr : resting;
+            b.sums = is_last ? finished : resting;
+            run_tile_block<Product>(b, tiles, set.count);
+            for (int i = 0; i < set.count; ++i) b.ahead[i] += b.lines_ahead * b.num_bytes;
+            if (is_last) finish_tiles(w, out, set, tile, tiles, num_rows, finished, value);
+          }
         }
       }
     }
@@ -263,65 +265,69 @@ inline void unpack_panel(const Matrix& w, int panel, int begin, int end, int8_t*
   }
 }
 
-// One tile of rows times one panel over groups of unpacked codes: sums [row][16] go on. dots: memory for two tiles.
+// Groups whose products are under way while those of as many others are added up: what a tile stores takes long to come
+// back.
+constexpr int kGroupsUnderWay = 4;
+
+// One tile of rows times one panel over groups of unpacked codes: sums [row][16] go on. dots: memory for
+// 2 kGroupsUnderWay tiles.
 template <int kTilesAGroup>
 inline void group_tile_block(const uint8_t* x, int64_t x_stride, const int8_t* panel, int num_groups, int group,
                              const uint16_t* scales, const float* x_scales, int64_t x_scales_stride, int rows,
                              float* sums, bool is_first, uint8_t* dots) {
-  // The products of a group are added up while the tiles work on the next one.
-  const auto multiply = [&](int g) {
+  const auto dots_of = [&](int g) { return dots + g % (2 * kGroupsUnderWay) * kTileBytes; };
+  const auto multiply = [&](int g, auto slot) {
+    if (g >= num_groups) return;
+    constexpr int kSum = decltype(slot)::value, kX = 4 + kSum % 2, kW = 6 + kSum % 2;
     const uint8_t* const left = x + g * group;
     const int8_t* const right = panel + static_cast<int64_t>(g) * group * kPanelWidth;
-    if (g % 2 == 0) {
-      clear_tile<0>();
-      load_tile<4>(left, x_stride);
-      load_tile<6>(right, kTileRowBytes);
-      SignedTiles::multiply<0, 4, 6>();
-      if constexpr (kTilesAGroup > 1) {
-        load_tile<5>(left + 64, x_stride);
-        load_tile<7>(right + kTileBytes, kTileRowBytes);
-        SignedTiles::multiply<0, 5, 7>();
-      }
-      store_tile<0>(dots, kTileRowBytes);
-    } else {
-      clear_tile<1>();
-      load_tile<4>(left, x_stride);
-      load_tile<6>(right, kTileRowBytes);
-      SignedTiles::multiply<1, 4, 6>();
-      if constexpr (kTilesAGroup > 1) {
-        load_tile<5>(left + 64, x_stride);
-        load_tile<7>(right + kTileBytes, kTileRowBytes);
-        SignedTiles::multiply<1, 5, 7>();
-      }
-      store_tile<1>(dots + kTileBytes, kTileRowBytes);
+    clear_tile<kSum>();
+    load_tile<kX>(left, x_stride);
+    load_tile<kW>(right, kTileRowBytes);
+    SignedTiles::multiply<kSum, kX, kW>();
+    if constexpr (kTilesAGroup > 1) {
+      load_tile<9 - kX>(left + 64, x_stride);
+      load_tile<13 - kW>(right + kTileBytes, kTileRowBytes);
+      SignedTiles::multiply<kSum, 9 - kX, 13 - kW>();
     }
+    store_tile<kSum>(dots_of(g), kTileRowBytes);
+  };
+  const auto multiply_four = [&](int g) {
+    multiply(g, std::integral_constant<int, 0>());
+    multiply(g + 1, std::integral_constant<int, 1>());
+    multiply(g + 2, std::integral_constant<int, 2>());
+    multiply(g + 3, std::integral_constant<int, 3>());
   };
   const auto add = [&](int g, int row, Floats sum) {
-    const Ints dot = load_ints(dots + (g % 2) * kTileBytes + row * kTileRowBytes);
+    const Ints dot = load_ints(dots_of(g) + row * kTileRowBytes);
     const Floats scale = scaled(x_scales[row * x_scales_stride + g], load_halves(scales + g * kPanelWidth));
     return multiply_add(to_floats(dot), scale, sum);
   };
-  multiply(0);
+  const auto for_each_group = [&](const auto& add_group) {
+    multiply_four(0);
+    for (int g = 0; g < num_groups; ++g) {
+      if (g % kGroupsUnderWay == 0) multiply_four(g + kGroupsUnderWay);
+      add_group(g);
+    }
+  };
   if (rows == kTileRows) {
     Floats kept[kTileRows];
 #pragma GCC unroll 16
     for (int row = 0; row < kTileRows; ++row)
       kept[row] = is_first ? zero_floats() : load_floats(sums + row * kPanelWidth);
-    for (int g = 0; g < num_groups; ++g) {
-      if (g + 1 < num_groups) multiply(g + 1);
+    for_each_group([&](int g) {
 #pragma GCC unroll 16
       for (int row = 0; row < kTileRows; ++row) kept[row] = add(g, row, kept[row]);
-    }
+    });
 #pragma GCC unroll 16
     for (int row = 0; row < kTileRows; ++row) store_lanes(sums + row * kPanelWidth, kept[row]);
     return;
   }
-  if (is_first) std::memset(sums, 0, rows * kLaneBytes);
-  for (int g = 0; g < num_groups; ++g) {
-    if (g + 1 < num_groups) multiply(g + 1);
+  if (is_first) std::memset(sums, 0, static_cast<size_t>(rows) * kLaneBytes);
+  for_each_group([&](int g) {
     for (int row = 0; row < rows; ++row)
       store_lanes(sums + row * kPanelWidth, add(g, row, load_floats(sums + row * kPanelWidth)));
-  }
+  });
 }
 
 // Inner positions unpacked at a time: they stay in the level-1 cache, and all rows' in the level-2 cache.
@@ -329,7 +335,7 @@ constexpr int kUnpackedChunk = 1024;
 constexpr int kUnpackedGroup = 8;  // panels whose sums rest in memory together
 
 inline size_t group_tile_scratch_bytes(int num_rows) {
-  return 2 * kTileBytes + kUnpackedChunk * kPanelWidth +
+  return 2 * kGroupsUnderWay * kTileBytes + kUnpackedChunk * kPanelWidth +
          static_cast<size_t>(num_row_tiles(num_rows)) * kUnpackedGroup * kTileBytes;
 }
 
@@ -338,8 +344,8 @@ inline void group_tile_matmul(const Matrix& w, const Activations& x, int num_row
   const int row_tiles = num_row_tiles(num_rows), rows = tile_rows(num_rows);
   const int width = padded_width(w.storage, w.width, w.group), num_groups = width / w.group;
   uint8_t* const dots = static_cast<uint8_t*>(scratch);
-  int8_t* const unpacked = reinterpret_cast<int8_t*>(dots + 2 * kTileBytes);
-  uint8_t* const sums = dots + 2 * kTileBytes + kUnpackedChunk * kPanelWidth;
+  int8_t* const unpacked = reinterpret_cast<int8_t*>(dots + 2 * kGroupsUnderWay * kTileBytes);
+  uint8_t* const sums = reinterpret_cast<uint8_t*>(unpacked) + kUnpackedChunk * kPanelWidth;
   const bool in_pairs = out.finish == Finish::kGatedSilu;
   configure_product_tiles(rows, w.group < 64 ? w.group : 64);
 

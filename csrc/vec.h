@@ -119,11 +119,15 @@ inline uint16_t narrow(float x) {
 
 // Adds up the elements in a fixed order: by halves.
 inline float sum(vec16 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float e[16];
   std::memcpy(e, &x, 64);
   for (int width = 8; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) e[i] += e[i + width];
   return e[0];
+#endif
 }
 
 inline float largest(vec16 x) {

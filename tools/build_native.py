@@ -40,7 +40,8 @@ FLAGS = [
     *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread"),
     *("-ffp-contract=off", "-Wall", "-Wextra", "-Werror=return-type", "-Wno-psabi"),
 ]
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+_SANITIZERS = "-fsanitize=address,undefined"
+SANITIZE_FLAGS = [_SANITIZERS, "-O1", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 # What the files named kernels_<kind>.cpp are compiled for; all others run on any x86-64. In the order in which they are
 # linked: where the compiler has left a library's inline function in several of them, the linker keeps the first one,
@@ -99,7 +100,7 @@ def build(*, sanitize: bool = False) -> Path:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(lambda i: _compile(command, units[i], objects[i]), order))
     # Left to the running program where the sanitizers' own functions come from; everything else must be there.
-    _link(command, objects, target, [SANITIZE_FLAGS[0]] if sanitize else ["-Wl,-z,defs"])
+    _link(command, objects, target, [_SANITIZERS] if sanitize else ["-Wl,-z,defs"])
     _forget_old(units, objects)
     return target
 

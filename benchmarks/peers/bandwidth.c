@@ -34,9 +34,10 @@ static uint64_t read_slice(const char* start, size_t bytes) {
   // An odd number of lines apart, or all streams would fall into the same sets of the cache.
   const size_t stream = ((bytes / kStreams / sizeof(Vec) - 1) | 1) * sizeof(Vec);
   for (size_t at = 0; at < stream; at += sizeof(Vec)) {
+#pragma GCC unroll 8
     for (int s = 0; s < kStreams; ++s) {
       const char* p = start + (size_t)s * stream + at;
-      __builtin_prefetch(p + 4096, 0, 0);
+      __builtin_prefetch(p + 4096, 0, 3);  // the non-temporal hint makes it several times slower on some machines
       sums[s] ^= *(const Vec*)p;
     }
   }

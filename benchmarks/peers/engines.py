@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,9 +25,10 @@ WEIGHT_BYTES: dict[Weights, float] = {"float32": 4.0, "bf16": 2.0, "int8": 1.0, 
 class Variant:
     """One engine in one precision.
 
-    engine: also the name of its environment. weights: what the precision comes down to, for the limit and for
-    comparing like with like. converter: a script of convert/ that takes (checkpoint, output, precision); None where
-    the engine reads the checkpoint itself. suffix: of what the converter makes.
+    engine: also the name of its environment. family: the engine whose adapter and models it uses, where that has
+    another name. weights: what the precision comes down to, for the limit and for comparing like with like.
+    converter: a script of convert/ that takes (checkpoint, output, precision); None where the engine reads the
+    checkpoint itself. suffix: of what the converter makes.
     """
 
     engine: str
@@ -32,14 +36,19 @@ class Variant:
     weights: Weights
     converter: str | None = None
     suffix: str = ""
+    family: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.engine}/{self.precision}"
 
     @property
+    def base(self) -> str:
+        return self.family or self.engine
+
+    @property
     def adapter(self) -> Path:
-        return HERE / "adapters" / f"{self.engine.replace('.', '_').replace('-', '_')}_adapter.py"
+        return HERE / "adapters" / f"{self.base.replace('.', '_').replace('-', '_')}_adapter.py"
 
     @property
     def is_ours(self) -> bool:
@@ -56,6 +65,9 @@ VARIANTS = (
     Variant("llama.cpp", "bf16", "bf16", "to_gguf.py", ".gguf"),
     Variant("llama.cpp", "q8_0", "int8", "to_gguf.py", ".gguf"),
     Variant("llama.cpp", "q4_0", "int4", "to_gguf.py", ".gguf"),
+    # The same without its AMX kernels, which are not its fastest at every number of rows.
+    Variant("llama.cpp-no-amx", "q8_0", "int8", "to_gguf.py", ".gguf", family="llama.cpp"),
+    Variant("llama.cpp-no-amx", "q4_0", "int4", "to_gguf.py", ".gguf", family="llama.cpp"),
     Variant("openvino", "bf16", "bf16", "to_openvino.py"),
     Variant("openvino", "int8", "int8", "to_openvino.py"),
     Variant("openvino", "int4", "int4", "to_openvino.py"),
@@ -95,7 +107,7 @@ class Places:
         """The checkpoint as the variant reads it."""
         if variant.converter is None:
             return self.checkpoint(shape)
-        return self.models / variant.engine / f"{shape}-{variant.precision}{variant.suffix}"
+        return self.models / variant.base / f"{shape}-{variant.precision}{variant.suffix}"
 
 
 def environment_variables(variant: Variant, places: Places, threads: int) -> dict[str, str]:
@@ -115,7 +127,7 @@ def environment_variables(variant: Variant, places: Places, threads: int) -> dic
 
 
 def convert(variant: Variant, shape: str, places: Places) -> None:
-    """Make the variant's form of a checkpoint unless it is there. Raises RuntimeError with the converter's last words."""
+    """Make the variant's form of a checkpoint unless it is there. Raises RuntimeError with the converter's end."""
     output = places.model(variant, shape)
     if variant.converter is None or output.exists():
         return
@@ -126,6 +138,7 @@ def convert(variant: Variant, shape: str, places: Places) -> None:
     command = [places.python(variant.engine), script, places.checkpoint(shape), partial, variant.precision]
     ended = subprocess.run(
         [str(part) for part in command],
+        preexec_fn=end_with_parent,
         env=environment_variables(variant, places, threads=os.cpu_count() or 1),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -140,6 +153,15 @@ def convert(variant: Variant, shape: str, places: Places) -> None:
     partial.rename(output)
 
 
+def end_with_parent() -> None:
+    """In a child: have the kernel end it when the comparison ends in whatever way. Linux only, as the comparison is."""
+    set_parent_death_signal = 1
+    _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+_LIBC = ctypes.CDLL(None)
+
+
 def remove_models(shape: str, places: Places) -> None:
     """Delete what was converted from a checkpoint; the checkpoint stays."""
     for variant in VARIANTS:
@@ -152,8 +174,6 @@ def model_files(path: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    import shutil
-
     if path.is_dir():
         shutil.rmtree(path)
     else:

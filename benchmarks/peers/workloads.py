@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from benchmarks.checkpoints import SHAPES
+
 Kind = Literal["decode", "overhead", "prefill", "throughput", "start", "http"]
 
 
@@ -70,9 +72,10 @@ class Workload:
         return {"tokens_per_s": self.rows * self.new_tokens / seconds}
 
     def shrunk(self) -> Workload:
-        """The same with an eighth of the tokens: shows that everything runs, not how fast."""
+        """The same with an eighth of the tokens, on every checkpoint: shows that everything runs, not how fast."""
         return replace(
             self,
+            shapes=tuple(SHAPES),
             prompt_tokens=max(4, self.prompt_tokens // 8),
             new_tokens=max(1, self.new_tokens // 8),
             usual_s=self.usual_s / 8,

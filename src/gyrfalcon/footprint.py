@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, Required, TypedDict, Unpack
 
 from gyrfalcon.errors import OutOfCache, SettingsError
+from gyrfalcon.models.quantisation import read_format
 from gyrfalcon.models.spec import DTYPE_BYTES, ModelSpec, checkpoint_tensors, embedding_name, read_spec
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "num_devices",
     "plan_load",
     "read_spec",
+    "stored_codes",
     "weight_bytes",
     "world_sizes",
 ]
@@ -152,6 +154,17 @@ class Planned:
 
 def _share(total: int, world: int) -> int:
     return -(-total // world)
+
+
+def stored_codes(folder: Path) -> Quantize | None:
+    """The kind of codes that come nearest to those that a checkpoint's files hold; None where they hold none.
+
+    Their own groups and heads may take a few percent more or less. Raises ModelLoadError.
+    """
+    stored = read_format(folder)
+    if stored is None:
+        return None
+    return "int4" if stored.bits == 4 else "int8"
 
 
 def weight_bytes(spec: ModelSpec, dtype: str, quantize: Quantize | None = None) -> int:

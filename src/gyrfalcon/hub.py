@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -72,6 +73,34 @@ def describe_source(model: str) -> str:
 def hub_source(model: str) -> str | None:
     """The Hub id that `model` stands for; None where it is a folder or the bundled checkpoint. Raises ModelLoadError."""
     return None if _local_folder(model) is not None else _hub_id(model)
+
+
+def unfinished_files(folder: Path) -> list[str]:
+    """Weight files that are missing, by the index beside them, or shorter than their own headers say."""
+    index = folder / "model.safetensors.index.json"
+    wanted = {path.name for path in folder.glob(WEIGHT_FILES)}
+    try:
+        wanted |= set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [index.name]
+    return sorted(name for name in wanted if not _is_whole(folder / name))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there and has the bytes of all the tensors that its header lists."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if size < 8 + header_bytes:
+                return False
+            header = json.loads(file.read(header_bytes))
+        last = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        return size >= 8 + header_bytes + int(last)
+    except OSError:
+        return False
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return True  # there, and not what it should be: whoever reads it says what is wrong
 
 
 def _local_folder(model: str) -> Path | None:

@@ -9,10 +9,11 @@ import ctypes
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from ctypes import CFUNCTYPE, POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -88,18 +89,14 @@ class CKernels(ctypes.Structure):
         ("prepare", CFUNCTYPE(None, c_void_p, c_void_p, POINTER(CActivations), c_int)),
         (
             "matmul",
-            CFUNCTYPE(
-                None, POINTER(CMatrix), POINTER(CActivations), c_int, c_int, c_int, POINTER(COutput), c_void_p
-            ),
+            CFUNCTYPE(None, POINTER(CMatrix), POINTER(CActivations), c_int, c_int, c_int, POINTER(COutput), c_void_p),
         ),
         ("matmul_scratch_bytes", CFUNCTYPE(c_size_t, POINTER(CMatrix), c_int)),
         ("layer_norm", CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_float, c_int, c_void_p)),
         ("rms_norm", CFUNCTYPE(None, c_void_p, c_void_p, c_float, c_int, c_void_p)),
         (
             "rotate_and_store",
-            CFUNCTYPE(
-                None, c_void_p, c_void_p, c_void_p, POINTER(CAttentionShape), POINTER(CCache), c_void_p, c_int
-            ),
+            CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, POINTER(CAttentionShape), POINTER(CCache), c_void_p, c_int),
         ),
         (
             "attend",
@@ -135,7 +132,7 @@ def table(kind: str) -> Any:
 
 # ---- memory ----
 
-_POISON = 0xFB  # as float32 and as bfloat16 a large negative number, as int8 -5
+_POISON = 0xFF  # NaN in every floating-point form, -1 as an integer
 # Sanitizers watch the bytes after what was asked for; otherwise a filled area does, for what is written.
 _GUARD = 0 if IS_SANITIZED else 256
 
@@ -280,9 +277,7 @@ def code_weights(matrix: QuantisedMatrix, bias_O: Array | None) -> Weights:
         parts["order"] = matrix.order_I.numpy()
     if bias_O is not None:
         parts["bias"] = bias_O
-    return Weights(
-        storage, num_outputs, width, matrix.group, {name: guarded(values) for name, values in parts.items()}
-    )
+    return Weights(storage, num_outputs, width, matrix.group, {name: guarded(values) for name, values in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -350,7 +345,7 @@ def multiply(
     is_bf16: bool = False,
     into: Guarded | None = None,
 ) -> Guarded:
-    """The product's rows in an array [rows, N + 3] (N / 2 where gated), of whose last columns nothing may be written."""
+    """The product's rows in an array [rows, N + 3] (N / 2 + 3 where gated), whose last columns stay as they are."""
     panels = range(weights.num_panels) if panels is None else panels
     num_columns = weights.num_outputs // 2 if finish is Finish.GATED_SILU else weights.num_outputs
     out = into or Guarded((len(rows), num_columns + 3), np.uint16 if is_bf16 else np.float32)
@@ -372,16 +367,13 @@ def multiply(
 
 
 @pytest.fixture
-def random() -> Iterator[np.random.Generator]:
-    """Fresh numbers in every run; pytest shows the seed of a run that failed."""
-    print(f"NATIVE_TEST_SEED={SEED}")
-    yield np.random.default_rng(SEED)
+def random(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh numbers in every run; the report of a failure has the variable that brings them back."""
+    request.node.add_report_section("setup", "seed", f"NATIVE_TEST_SEED={SEED}")
+    return np.random.default_rng(SEED)
 
 
 def splits(random: np.random.Generator, total: int, parts: int, unit: int = 1) -> Iterator[range]:
     """0 .. total cut at random places, multiples of `unit`."""
     cuts = sorted({0, total, *(int(cut) * unit for cut in random.integers(0, total // unit + 1, parts - 1))})
-    return (range(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
-
-
-Draw = Callable[..., Array]
+    return (range(a, b) for a, b in pairwise(cuts))

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-from gyrfalcon.kernels.cpu.structures import Storage
-from gyrfalcon.kernels.quantised import QuantisedMatrix, product, quantise_int4, quantise_int8
 from tests.kernels.native import (
     Array,
     Finish,
@@ -35,6 +32,9 @@ from tests.kernels.native import (
     to_bf16,
 )
 
+from gyrfalcon.kernels.cpu.structures import Storage
+from gyrfalcon.kernels.quantised import QuantisedMatrix, product, quantise_int4, quantise_int8
+
 pytestmark = needs_kernels
 __all__ = ["random"]
 
@@ -42,7 +42,16 @@ FORMATS = ["float32", "float16", "bfloat16", "int8", "int4 of 32", "int4 of 64",
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 # Rows, outputs, inputs: one of each, none a multiple of anything, Falcon-7B's widths, and enough rows for every way.
-SHAPES = [(1, 1, 1), (1, 17, 33), (2, 16, 64), (3, 71, 130), (5, 48, 4544), (8, 4544, 33), (17, 100, 257), (40, 33, 512)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 17, 33),
+    (2, 16, 64),
+    (3, 71, 130),
+    (5, 48, 4544),
+    (8, 4544, 33),
+    (17, 100, 257),
+    (40, 33, 512),
+]
 
 
 class Case:
@@ -97,11 +106,11 @@ class Case:
 def _quantise(
     name: str, values_OI: Array, random: np.random.Generator, *, has_zeros: bool, has_order: bool
 ) -> QuantisedMatrix:
-    num_outputs, width = values_OI.shape
+    width = values_OI.shape[1]
     if name == "int8":
         made = quantise_int8(torch.from_numpy(values_OI))
     else:
-        made = quantise_int4(torch.from_numpy(values_OI), int(name.split()[-1]))
+        made = quantise_int4(torch.from_numpy(values_OI), int(name.removeprefix("int4 of ")))
     zeros_OG = None
     if has_zeros and made.bits == 4:
         zeros_OG = torch.from_numpy(random.integers(0, 16, tuple(made.scales.shape), dtype=np.uint8))
@@ -127,9 +136,7 @@ def test_it_is_the_product(kind: str, name: str, shape: tuple[int, int, int], ra
 @every_kind
 @pytest.mark.parametrize("name", FORMATS[3:])
 @pytest.mark.parametrize("num_rows", [1, 3, 33])
-def test_zeros_and_the_order_of_inputs_count(
-    kind: str, name: str, num_rows: int, random: np.random.Generator
-) -> None:
+def test_zeros_and_the_order_of_inputs_count(kind: str, name: str, num_rows: int, random: np.random.Generator) -> None:
     kernels, case = table(kind), Case(name, random, 50, 333, has_bias=False, has_zeros=True, has_order=True)
     x_TI = case.columns(random, num_rows)
     x = prepare(kernels, case.weights, x_TI)
@@ -208,7 +215,7 @@ def test_the_finishes_are_what_their_names_say(
     exact_TO = torch.from_numpy(plain_TO).double()
 
     before = random.standard_normal((num_rows, 99)).astype(np.float32)
-    before.view(np.uint8).reshape(num_rows, -1)[:, 96 * 4 :] = 0xFB
+    before.view(np.uint8).reshape(num_rows, -1)[:, 96 * 4 :] = 0xFF
     added = multiply(kernels, case.weights, x, rows, finish=Finish.ADD, into=guarded(before)).array[:, :96]
     np.testing.assert_array_equal(added, before[:, :96] + plain_TO)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,8 @@ from exchange import Assignment, Stopwatch, run
 class OnnxRuntimeModel:
     def __init__(self, assignment: Assignment) -> None:
         config = onnxruntime_genai.Config(assignment.model)
-        config.overlay(
-            '{"model": {"decoder": {"session_options": {"intra_op_num_threads": %d}}}}' % assignment.threads
-        )
+        session_options = {"intra_op_num_threads": assignment.threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
         self._model = onnxruntime_genai.Model(config)
 
     def describe(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A checkpoint as CTranslate2's model: python to_ctranslate2.py CHECKPOINT OUTPUT PRECISION. Runs in its environment."""
+"""A checkpoint as CTranslate2's model: python to_ctranslate2.py CHECKPOINT OUTPUT PRECISION. In its environment."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import typer
 
 from gyrfalcon import options
 from gyrfalcon.errors import SettingsError
-from gyrfalcon.footprint import Device, Dtype, Planned, Quantize, plan_load, read_spec
+from gyrfalcon.footprint import Device, Dtype, Planned, Quantize, plan_load, read_spec, stored_codes
 from gyrfalcon.hub import locate_checkpoint
 from gyrfalcon.presets import find_preset
 
@@ -54,12 +54,15 @@ def plan_model(
     if checked_quantize is not None and checked_device == "cuda":
         raise SettingsError("--quantize", f"`{quantize}` weights are served on CPU only; leave out --device cuda")
     chosen_dtype = one_of("--dtype", dtype, "auto", *_DTYPES)
-    spec = read_spec(_config_folder(model, revision))
+    folder = _config_folder(model, revision)
+    spec, stored = read_spec(folder), stored_codes(folder)
+    if stored is not None and checked_quantize is not None:
+        raise SettingsError("--quantize", f"`{model}` holds {stored} codes already; leave it out")
     return Planned(
         model=model,
         spec=spec,
         dtype=cast(Dtype, spec.dtype if chosen_dtype == "auto" else chosen_dtype),
-        quantize=checked_quantize,
+        quantize=checked_quantize or stored,
         device=cast(Device, checked_device),
         load=plan_load(spec, device=cast(Device, checked_device), context=context, concurrency=concurrency),
     )

@@ -109,6 +109,7 @@ def _download_container(plan: DeployPlan) -> Object:
     return {
         "name": "download",
         "image": plan.image,
+        "imagePullPolicy": "IfNotPresent",
         "args": ["download", plan.planned.model, "--huggingface-hub-cache", DATA],
         "env": [{"name": "HOME", "value": "/tmp"}, *_hub_token(plan)],  # noqa: S108  (an emptyDir of the pod)
         "resources": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
@@ -122,6 +123,7 @@ def _server_container(plan: DeployPlan, port: int) -> Object:
     return {
         "name": "server",
         "image": plan.image,
+        "imagePullPolicy": "IfNotPresent",
         "args": server_arguments(plan, port),
         "env": _environment(plan),
         "ports": [{"name": "http", "containerPort": port}],

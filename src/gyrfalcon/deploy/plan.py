@@ -25,8 +25,8 @@ IMAGE = "gyrfalcon"
 PRE_STOP_S = 10
 # From the server's answer to its process being gone: engine closed, traces sent.
 SHUTDOWN_MARGIN_S = 15
-STARTUP_PERIOD_S = 10
-STARTUP_FAILURES = 180  # 30 minutes: pulling an image with weights is not in it, fetching weights is not either
+STARTUP_PERIOD_S = 5
+STARTUP_FAILURES = 360  # 30 minutes: pulling an image with weights is not in it, fetching weights is not either
 
 # Memory asked for above what is worked out: allocators, page tables, requests in flight.
 HEADROOM = 1.1

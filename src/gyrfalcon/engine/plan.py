@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 
-from gyrfalcon.engine import token_rules
-from gyrfalcon.engine.interface import SamplingParams, WatermarkParams
+from gyrfalcon.engine import sampling_record, token_rules
+from gyrfalcon.engine.interface import WatermarkParams
+from gyrfalcon.engine.sampling_record import NO_RECORDS
 from gyrfalcon.engine.scheduler import ScheduledRow
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
 from gyrfalcon.engine.token_rules import NO_WEIGHTS
 from gyrfalcon.runner.interface import NO_IDS, Floats, IdLists, Ints, SamplingColumns, StepPlan, WeightedIdLists
-
-SEED_MASK = 2**64 - 1
 
 
 def gather_plan(rows: list[ScheduledRow]) -> StepPlan:
@@ -70,16 +71,8 @@ class Draw:
     chosen_before: tuple[tuple[int, int], ...] = ()  # ids that earlier beam groups chose in this step, and how often
 
     @property
-    def params(self) -> SamplingParams:
-        return self.group.request.sampling
-
-    @property
     def mark(self) -> WatermarkParams | None:
         return self.group.request.sampling.watermark
-
-    @property
-    def seed(self) -> int:
-        return (self.params.seed + self.choice) & SEED_MASK
 
     def earlier_context(self) -> Ints:
         """What a green list depends on besides the last token, the nearest first."""
@@ -88,13 +81,7 @@ class Draw:
 
     def history(self) -> Ints:
         """The ids so far, where a penalty looks at them."""
-        params = self.params
-        is_neutral = (
-            params.repetition_penalty == 1.0
-            and params.frequency_penalty == 0.0
-            and params.encoder_repetition_penalty == 1.0
-        )
-        return NO_IDS if is_neutral else self.text
+        return self.text if sampling_record.weighs_history(self.group.request) else NO_IDS
 
     def diversity(self) -> tuple[Ints, Floats]:
         """The ids chosen before in this step, with their counts."""
@@ -135,59 +122,57 @@ def wave_draws(row_index: int, group: SequenceGroup, sequence: Sequence, wave: i
 
 def gather_samples(draws: list[Draw]) -> SamplingColumns:
     """The draws' parameters as columns."""
-    params = [draw.params for draw in draws]
+    records = np.concatenate([draw.group.record for draw in draws]) if draws else NO_RECORDS
+    columns = sampling_record.columns(records)
+    columns["seeds_S"] = columns["seeds_S"] + np.array([draw.choice for draw in draws], dtype=np.uint64)
+    # Most steps have no draw that depends on more of its text than the last token: then there is nothing to look up.
+    lists = _text_lists(draws) if records["reads_text"].any() else _no_lists(len(draws))
+    return SamplingColumns(
+        rows_S=np.array([draw.row_index for draw in draws], dtype=np.int32),
+        tokens_back_S=np.array([draw.num_tokens_back for draw in draws], dtype=np.int32),
+        positions_S=np.array([len(draw.text) for draw in draws], dtype=np.int32),
+        num_candidates_S=np.array([draw.num_candidates for draw in draws], dtype=np.int32),
+        **columns,
+        **lists,
+    )
+
+
+def _text_lists(draws: list[Draw]) -> dict[str, Any]:
+    """The columns that depend on the draws' texts."""
     requests = [draw.group.request for draw in draws]
     texts = [draw.text for draw in draws]
     lengths = [len(text) for text in texts]
     decays = list(map(token_rules.decay, requests, lengths))
-    return SamplingColumns(
-        rows_S=np.array([draw.row_index for draw in draws], dtype=np.int32),
-        tokens_back_S=np.array([draw.num_tokens_back for draw in draws], dtype=np.int32),
-        positions_S=np.array(lengths, dtype=np.int32),
-        seeds_S=np.array([draw.seed for draw in draws], dtype=np.uint64),
-        do_sample_S=np.array([each.do_sample for each in params], dtype=np.bool_),
-        watermark_gamma_S=np.array([draw.mark.gamma if draw.mark else 0.0 for draw in draws], dtype=np.float32),
-        watermark_delta_S=np.array([draw.mark.delta if draw.mark else 0.0 for draw in draws], dtype=np.float32),
-        watermark_key_S=np.array([draw.mark.key if draw.mark else 0 for draw in draws], dtype=np.uint64),
-        watermark_context=_pack([draw.earlier_context() for draw in draws]),
-        bias=_pack_weighted(list(map(token_rules.biased_ids, requests, texts))),
-        diversity=_pack_weighted([draw.diversity() for draw in draws]),
-        diversity_penalty_S=np.array(
-            [request.beams.diversity_penalty if request.beams else 0.0 for request in requests], dtype=np.float32
-        ),
-        history=_pack([draw.history() for draw in draws]),
-        prompt_lens_S=np.array([draw.group.num_prompt_tokens for draw in draws], dtype=np.int32),
-        encoder_repetition_factor_S=np.array(
-            [1 / each.encoder_repetition_penalty for each in params], dtype=np.float32
-        ),
-        repetition_penalty_S=np.array([each.repetition_penalty for each in params], dtype=np.float32),
-        frequency_penalty_S=np.array([each.frequency_penalty for each in params], dtype=np.float32),
-        banned=_pack(list(map(token_rules.banned_ids, requests, texts))),
-        forced=_pack([np.array(ids, dtype=np.int32) for ids in map(token_rules.forced_ids, requests, lengths)]),
-        remove_invalid_S=np.array([each.remove_invalid_values for each in params], dtype=np.bool_),
-        decaying=_pack(
+    return {
+        "watermark_context": _pack([draw.earlier_context() for draw in draws]),
+        "bias": _pack_weighted(list(map(token_rules.biased_ids, requests, texts))),
+        "diversity": _pack_weighted([draw.diversity() for draw in draws]),
+        "history": _pack([draw.history() for draw in draws]),
+        "banned": _pack(list(map(token_rules.banned_ids, requests, texts))),
+        "forced": _pack([np.array(ids, dtype=np.int32) for ids in map(token_rules.forced_ids, requests, lengths)]),
+        "decaying": _pack(
             [
                 np.array(request.stop_token_ids, dtype=np.int32) if rate != 0.0 else NO_IDS
                 for request, rate in zip(requests, decays, strict=True)
             ]
         ),
-        decay_S=np.array(decays, dtype=np.float32),
-        suppressed=_pack(list(map(token_rules.suppressed_ids, requests, lengths))),
-        temperature_S=np.array([each.temperature for each in params], dtype=np.float32),
-        top_k_S=np.array([each.top_k for each in params], dtype=np.int32),
-        top_p_S=np.array([each.top_p for each in params], dtype=np.float32),
-        min_p_S=np.array([each.min_p for each in params], dtype=np.float32),
-        typical_p_S=np.array([each.typical_p for each in params], dtype=np.float32),
-        epsilon_cutoff_S=np.array([each.epsilon_cutoff for each in params], dtype=np.float32),
-        eta_cutoff_S=np.array([each.eta_cutoff for each in params], dtype=np.float32),
-        # Beams need a candidate that goes on besides every stop id.
-        keep_S=np.array(
-            [1 + len(request.stop_token_ids) if request.beams else 1 for request in requests], dtype=np.int32
-        ),
-        renormalize_S=np.array([each.renormalize_logits for each in params], dtype=np.bool_),
-        top_n_S=np.array([0 if request.beams else request.top_n for request in requests], dtype=np.int32),
-        num_candidates_S=np.array([draw.num_candidates for draw in draws], dtype=np.int32),
-    )
+        "decay_S": np.array(decays, dtype=np.float32),
+        "suppressed": _pack(list(map(token_rules.suppressed_ids, requests, lengths))),
+    }
+
+
+@cache
+def _no_lists(num_samples: int) -> dict[str, Any]:
+    """The same columns where no text has a say; only read, so all steps of this many samples share them."""
+    nothing = IdLists(NO_IDS, np.zeros(num_samples + 1, dtype=np.int64))
+    nothing_weighted = WeightedIdLists(NO_IDS, NO_WEIGHTS, nothing.starts)
+    names = ("watermark_context", "history", "banned", "forced", "decaying", "suppressed")
+    return {
+        **dict.fromkeys(names, nothing),
+        "bias": nothing_weighted,
+        "diversity": nothing_weighted,
+        "decay_S": np.zeros(num_samples, dtype=np.float32),
+    }
 
 
 def _pack(parts: list[Ints]) -> IdLists:

@@ -9,6 +9,7 @@ import numpy as np
 from gyrfalcon.engine.beams import Search, make_search
 from gyrfalcon.engine.block_pool import block_key, first_parent
 from gyrfalcon.engine.interface import EngineRequest
+from gyrfalcon.engine.sampling_record import Record, make_record
 from gyrfalcon.engine.speculation import Drafter, NgramIndex
 
 
@@ -86,6 +87,7 @@ class SequenceGroup:
     request: EngineRequest
     arrival_s: float  # monotonic clock
     salt: str
+    record: Record = field(init=False)
     sequences: list[Sequence] = field(default_factory=list)
     ended_choices: set[int] = field(default_factory=set)
     started_s: float | None = None  # when its first token was first scheduled
@@ -98,6 +100,7 @@ class SequenceGroup:
 
     def __post_init__(self) -> None:
         request = self.request
+        self.record = make_record(request)
         self.search = make_search(request)
         choices = tuple(range(self.num_rows))
         self.sequences = [Sequence(request.prompt_ids, request.max_new_tokens, choices, self.salt)]

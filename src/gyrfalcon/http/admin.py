@@ -63,7 +63,8 @@ def create_admin_app(
 
 def _guarded(action: Handler) -> Handler:
     async def guarded(request: Request) -> Response:
-        if request.headers.get(HEADER) is None or request.url.hostname not in LOCAL_HOSTS:
+        host = request.headers.get("host", "").partition(":")[0]
+        if request.headers.get(HEADER) is None or host not in LOCAL_HOSTS:
             return json_response({"error": f"send the header `{HEADER}: 1` to 127.0.0.1"}, 403)
         return await action(request)
 

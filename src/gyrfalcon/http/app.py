@@ -103,7 +103,7 @@ def create_app(
     platforms.PlatformRoutes(service, settings, metrics, dialect).add_routes(app)
     _answer_head_requests(app)
     app.add_exception_handler(HTTPException, _no_such_route)
-    app.add_middleware(DrainMiddleware, drain=drain, metrics=metrics)
+    app.add_middleware(DrainMiddleware, drain=drain, kaito_paths=kaito.PATHS, metrics=metrics)
     if keys.is_required:
         app.add_middleware(
             ApiKeyMiddleware,

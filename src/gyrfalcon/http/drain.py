@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gyrfalcon.http.auth import routed_path
 from gyrfalcon.http.wire import json_response
 from gyrfalcon.metrics import Metrics
 
@@ -30,8 +33,9 @@ class Drain:
 class DrainMiddleware:
     """Answers 503 to requests for work while the server drains; what only asks about it is answered as ever."""
 
-    def __init__(self, app: ASGIApp, *, drain: Drain, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, drain: Drain, kaito_paths: Collection[str], metrics: Metrics) -> None:
         self._app = app
+        self._kaito_paths = frozenset(kaito_paths)
         self._drain = drain
         self._metrics = metrics
 
@@ -40,6 +44,7 @@ class DrainMiddleware:
             await self._app(scope, receive, send)
             return
         self._metrics.request_rejected("draining")
-        body = {"error": MESSAGE, "error_type": "draining", "detail": MESSAGE}
+        is_kaito = routed_path(scope) in self._kaito_paths
+        body = {"detail": MESSAGE} if is_kaito else {"error": MESSAGE, "error_type": "draining"}
         headers = {"Retry-After": str(RETRY_AFTER_S), "Connection": "close"}
         await json_response(body, 503, headers)(scope, receive, send)

@@ -136,6 +136,13 @@ class FusedDecoder(Protocol):
         """Scores of every vocabulary entry: [S, V], float32."""
         ...
 
+    def choose_greedy(self, logits_SV: Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The largest score's id, the first of equals, and its log-probability.
+
+        -1 where there is none: a score is NaN or infinite, or all are minus infinity.
+        """
+        ...
+
 
 class Ops(Protocol):
     """What a device can do. Implementations keep no state besides scratch memory."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -102,6 +104,12 @@ class Decoder:
     def logits(self, hidden_SD: Tensor) -> Tensor:
         return self.head.forward(hidden_SD, self.ops).float()
 
+    def choose_greedy(self, logits_SV: Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        ids_S = logits_SV.argmax(dim=-1)
+        logprobs_S = torch.log_softmax(logits_SV, dim=-1).gather(1, ids_S[:, None]).squeeze(1)
+        ids_S[~torch.isfinite(logprobs_S)] = -1
+        return ids_S.to(torch.int32).cpu().numpy(), logprobs_S.cpu().numpy()
+
 
 class CausalLM:
     """A loaded model. Holds parameters and nothing of any request."""
@@ -137,3 +145,8 @@ class CausalLM:
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Scores of every vocabulary entry: [S, V], float32."""
         return self._decoder.logits(hidden_SD)
+
+    @torch.inference_mode()
+    def choose_greedy(self, logits_SV: Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Each row's likeliest token and its log-probability; -1 where there is none."""
+        return self._decoder.choose_greedy(logits_SV)

@@ -16,7 +16,7 @@ from gyrfalcon.models.quantisation import StoredFormat
 # The places in a word, lowest bits first, of AWQ's eight outputs: nibble j holds output _AWQ_ORDER[j].
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
-_ROWS_AT_ONCE = 256  # dequantised together
+_ROWS_AT_ONCE = 64  # dequantised together: float32 copies of them stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,17 @@ class StoredCodes:
         )
 
     def dequantise_into(self, destination_OI: Tensor) -> None:
-        groups_I = self._groups()
+        """Write the numbers that the codes stand for."""
         for start in range(0, self.shape[0], _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            differences = self.codes_OI[rows].float() - self.zeros_OG[rows].float()[:, groups_I]
-            destination_OI[rows].copy_(differences * self.scales_OG[rows][:, groups_I])
+            differences = self.codes_OI[rows].float() - self._of_inputs(self.zeros_OG[rows].float())
+            destination_OI[rows].copy_(differences * self._of_inputs(self.scales_OG[rows]))
 
-    def _groups(self) -> Tensor:
+    def _of_inputs(self, values_OG: Tensor) -> Tensor:
+        """Each input's value of its group: [O, I]."""
         if self.groups_I is not None:
-            return self.groups_I
-        return torch.arange(self.shape[1]) // self.group_size
+            return values_OG[:, self.groups_I]
+        return values_OG.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
 
 
 def unpack(form: StoredFormat, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> StoredCodes:
@@ -115,8 +116,9 @@ def _irregular_groups(stored: Tensor | None, groups: int, group_size: int) -> Te
     if stored is None:
         return None
     groups_I = stored.long()
-    if int(groups_I.min()) < 0 or int(groups_I.max()) >= groups:
-        raise ValueError(f"an input is of group {int(groups_I.max())}, and there are {groups}")
+    outside = groups_I[(groups_I < 0) | (groups_I >= groups)]
+    if len(outside):
+        raise ValueError(f"an input is of group {int(outside[0])}, and there are {groups}")
     in_order = torch.arange(len(groups_I)) // group_size
     return None if torch.equal(groups_I, in_order) else groups_I
 

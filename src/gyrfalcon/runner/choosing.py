@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from gyrfalcon.runner.interface import (
     NOT_FINITE,
     NOTHING_LEFT,
+    Floats,
     Ints,
     Longs,
     ProposedTokens,
@@ -34,21 +36,37 @@ class RowLogits:
     ids_N: Ints  # the token whose successor they are about
 
 
-def choose_or_propose(rows: RowLogits, columns: SamplingColumns) -> StepResult:
-    """The samples' tokens or candidates. Prompt scores are not part of it."""
+# Of logits [N, V] each row's likeliest token and its log-probability; NOT_FINITE where there is none.
+ChooseGreedy = Callable[[Tensor], tuple[Ints, Floats]]
+
+
+def choose_or_propose(rows: RowLogits, columns: SamplingColumns, choose_greedy: ChooseGreedy) -> StepResult:
+    """The samples' tokens or candidates. Prompt scores are not part of it.
+
+    A sample that is plain is chosen by `choose_greedy`, whatever its neighbours are, so that its bits do not depend on
+    them.
+    """
     num_samples = len(columns.rows_S)
     of_sample = np.searchsorted(rows.tokens_N, rows.last_tokens_R[columns.rows_S] - columns.tokens_back_S)
+    token_ids_S = np.zeros(num_samples, dtype=np.int32)
+    logprobs_S = np.zeros(num_samples, dtype=np.float32)
+    if columns.is_plain_S.any():
+        plain_S = columns.is_plain_S
+        ids_N, logprobs_N = choose_greedy(rows.logits_NV)
+        token_ids_S[plain_S] = ids_N[of_sample[plain_S]]
+        logprobs_S[plain_S] = logprobs_N[of_sample[plain_S]]
+        if plain_S.all():
+            return _result(token_ids_S, logprobs_S, [None] * num_samples, [None] * num_samples)
+
     scores_SV = rows.logits_NV[torch.from_numpy(of_sample).to(rows.logits_NV.device)]
     beams = np.flatnonzero(columns.num_candidates_S > 0)
-    choices = np.flatnonzero(columns.num_candidates_S == 0)
+    choices = np.flatnonzero((columns.num_candidates_S == 0) & ~columns.is_plain_S)
     if beams.size:
         # Beams add their scores up, so processors see log-probabilities there and logits elsewhere.
         where = torch.from_numpy(beams).to(scores_SV.device)
         scores_SV[where] = torch.log_softmax(scores_SV[where], dim=-1)
     scores_SV = process_logits(scores_SV, columns, rows.ids_N[of_sample])
 
-    token_ids_S = np.zeros(num_samples, dtype=np.int32)
-    logprobs_S = np.zeros(num_samples, dtype=np.float32)
     top: list[tuple[Tensor, Tensor] | None] = [None] * num_samples
     if choices.size:
         chosen = choose(*_some(scores_SV, columns, choices))
@@ -61,9 +79,18 @@ def choose_or_propose(rows: RowLogits, columns: SamplingColumns) -> StepResult:
         for sample, own in zip(beams.tolist(), propose(*_some(scores_SV, columns, beams)), strict=True):
             proposed[sample] = own
             token_ids_S[sample] = NOT_FINITE if own is None else 0
-    if (failed := np.flatnonzero(token_ids_S == NOT_FINITE)).size:
+    if (failed := np.flatnonzero((token_ids_S == NOT_FINITE) & ~columns.is_plain_S)).size:
         raw = rows.logits_NV[torch.from_numpy(of_sample[failed]).to(rows.logits_NV.device)]
         token_ids_S[failed[torch.isfinite(raw).all(dim=-1).cpu().numpy()]] = NOTHING_LEFT
+    return _result(token_ids_S, logprobs_S, top, proposed)
+
+
+def _result(
+    token_ids_S: Ints,
+    logprobs_S: Floats,
+    top: list[tuple[Tensor, Tensor] | None],
+    proposed: list[Proposed | None],
+) -> StepResult:
     listed = [pair for pair in top if pair is not None]
     return StepResult(
         token_ids_S=token_ids_S,

@@ -100,6 +100,7 @@ class SamplingColumns:
     keep_S: Ints  # tokens that survive every warper; 1, more where beams need others than stop ids
     renormalize_S: Flags
     top_n_S: Ints  # likeliest tokens to report; 0 for none
+    is_plain_S: Flags  # the likeliest token by the logits as they are: nothing above has an effect, nothing is reported
     num_candidates_S: Ints  # of a beam: propose this many tokens instead of choosing one; 0 for a choice
 
     def take(self, samples: npt.NDArray[np.intp]) -> SamplingColumns:

@@ -61,7 +61,7 @@ class ModelRunner:
         forward_end_s = time.perf_counter()
         logits = self._wanted_logits(plan, batch, hidden_TD)
         self._kept = logits if len(plan.kept_rows) else None
-        result = choose_or_propose(logits, plan.samples)
+        result = choose_or_propose(logits, plan.samples, self._model.choose_greedy)
         return dataclasses.replace(
             result,
             scored_logprobs=self._score_prompts(plan, batch, hidden_TD),
@@ -72,7 +72,7 @@ class ModelRunner:
     @torch.inference_mode()
     def choose(self, samples: SamplingColumns) -> StepResult:
         assert self._kept is not None, "the last plan kept no rows"
-        return choose_or_propose(self._kept, samples)
+        return choose_or_propose(self._kept, samples, self._model.choose_greedy)
 
     def close(self) -> None:
         self._caches = []
@@ -87,8 +87,12 @@ class ModelRunner:
         """Logits of the tokens that something is drawn after, now or later; once, however often that is."""
         last_tokens_R = batch.attention.query_starts[1:] - 1
         drawn_S = last_tokens_R[plan.samples.rows_S] - plan.samples.tokens_back_S
-        tokens_N = np.union1d(drawn_S, last_tokens_R[plan.kept_rows])
-        hidden_ND = hidden_TD[torch.from_numpy(tokens_N).to(self._device)]
+        tokens_N = drawn_S
+        if len(plan.kept_rows) or (np.diff(drawn_S) <= 0).any():
+            tokens_N = np.union1d(drawn_S, last_tokens_R[plan.kept_rows])
+        hidden_ND = hidden_TD
+        if len(tokens_N) < len(hidden_TD):
+            hidden_ND = hidden_TD[torch.from_numpy(tokens_N).to(self._device)]
         return RowLogits(last_tokens_R, tokens_N, self._model.logits(hidden_ND), plan.token_ids_T[tokens_N])
 
     def _score_prompts(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> Floats:

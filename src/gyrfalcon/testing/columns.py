@@ -33,6 +33,7 @@ NEUTRAL = {
     "keep_S": (np.int32, 1),
     "renormalize_S": (np.bool_, False),
     "top_n_S": (np.int32, 0),
+    "is_plain_S": (np.bool_, False),
     "num_candidates_S": (np.int32, 0),
 }
 LISTS = ("watermark_context", "history", "banned", "forced", "decaying", "suppressed")

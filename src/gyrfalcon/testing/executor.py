@@ -12,7 +12,14 @@ from collections.abc import Callable
 import numpy as np
 
 from gyrfalcon.engine.core import CoreLimits, EngineCore
-from gyrfalcon.runner.interface import ExecutorFacts, ProposedTokens, SamplingColumns, StepPlan, StepResult
+from gyrfalcon.runner.interface import (
+    NOTHING_LEFT,
+    ExecutorFacts,
+    ProposedTokens,
+    SamplingColumns,
+    StepPlan,
+    StepResult,
+)
 
 UNWRITTEN = -7
 
@@ -79,8 +86,9 @@ class FakeExecutor:
             banned = samples.banned.ids[samples.banned.starts[sample] : samples.banned.starts[sample + 1]]
             visible = self._visible(self._plan, int(row), int(back))
             token_id = fake_token(visible, int(seed) if does_sample else 0, self.facts.vocab_size)
-            while token_id in banned:
-                token_id = (token_id + 1) % self.facts.vocab_size
+            left = (np.arange(self.facts.vocab_size) + token_id) % self.facts.vocab_size
+            left = left[~np.isin(left, banned)]
+            token_id = int(left[0]) if left.size else NOTHING_LEFT
             token_ids.append(token_id)
             proposed.append((token_id + np.arange(count)) % self.facts.vocab_size)
         counts = samples.num_candidates_S.astype(np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -61,8 +62,9 @@ def text_service(
     limits: Limits | None = None,
     max_concurrent_requests: int = 128,
     tracer: Tracer | None = None,
+    **options: Any,
 ) -> tuple[GenerationService, Metrics]:
-    """A service of one model, whose text side is in the folder, and its metrics."""
+    """A service of one model, whose text side is in the folder, and its metrics. options: more of the service's."""
     limits = limits or resolve_limits(engine.facts, max_concurrent_requests=max_concurrent_requests)
     metrics = Metrics()
     metrics.limits_known(
@@ -71,6 +73,8 @@ def text_service(
         cache_tokens=engine.facts.cache_tokens,
     )
     models_ = ModelTable([load_served_model(name, folder, engine, limits)])
-    service = GenerationService(models_, metrics, max_concurrent_requests=limits.max_concurrent_requests, tracer=tracer)
+    service = GenerationService(
+        models_, metrics, max_concurrent_requests=limits.max_concurrent_requests, tracer=tracer, **options
+    )
     metrics.watch_engines(service.stats)
     return service, metrics

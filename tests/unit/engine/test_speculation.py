@@ -322,6 +322,18 @@ def test_every_request_is_told_what_it_is_told_without(
         run.run()
         assert all(len(plan.token_ids_T) <= token_budget for plan in executor.plans)
         assert run.core.stats().cache_usage == 0
-        prompts = {name: prompt.logprobs for name, prompt in run.prompts.items()}
-        found.append((run.tokens, run.logprobs, run.reasons, run.failures, prompts, sorted(run.finished)))
-    assert found[0] == found[1]
+        found.append(run)
+    without, with_drafts = found
+    assert sorted(with_drafts.finished) == sorted(without.finished)
+    assert set(with_drafts.failures) == set(without.failures)
+    for one in wanted:
+        name = one.request_id
+        if name in without.failures and one.num_choices > 1:
+            continue  # how far the others come before the one that fails is a matter of steps
+        assert with_drafts.tokens[name] == without.tokens[name]
+        assert with_drafts.logprobs[name] == without.logprobs[name]
+        assert with_drafts.reasons[name] == without.reasons[name]
+        assert with_drafts.failures.get(name) == without.failures.get(name)
+        assert (name in with_drafts.prompts) == (name in without.prompts)
+        if name in without.prompts:
+            assert with_drafts.prompts[name].logprobs == without.prompts[name].logprobs

@@ -147,6 +147,7 @@ def test_what_is_prepared_for_a_request_goes_with_it(rule: str) -> None:
     for _ in range(3):
         token_rules.banned_ids(asked, ids([1]))
         token_rules.biased_ids(asked, ids([1]))
+    gc.collect()  # of other tests, whose traces may still hold theirs
     params, before = weakref.ref(asked.sampling), len(token_rules._tables)
     del asked
     gc.collect()

@@ -78,6 +78,7 @@ class TestDocumentation:
             *("/", "/generate", "/generate_stream", "/health", "/ping", "/info"),
             *("/tokenize", "/chat_tokenize", "/invocations", "/vertex"),
             *("/chat", "/healthz", "/metrics", "/watermark/detect"),
+            *("/health/live", "/health/ready", "/ready"),
         }
 
     def test_operations_that_need_a_key_say_so(self, make_client: MakeClient) -> None:

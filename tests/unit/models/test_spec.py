@@ -333,7 +333,6 @@ MISTRAL = FALCON3_7B | {"model_type": "mistral", "architectures": ["MistralForCa
         (FALCON_7B, {"model_type": "falcon_mamba"}, '`model_type` is "falcon_mamba"'),
         (FALCON_7B, {"architectures": ["FalconForTokenClassification"]}, "`architectures` .* FalconForCausalLM"),
         (FALCON_7B, {"architectures": "FalconForCausalLM"}, "`architectures` "),
-        (FALCON_7B, {"quantization_config": {"quant_method": "gptq"}}, "`quantization_config` .* cannot be served"),
         (FALCON_7B, {"hidden_size": 4545}, "`hidden_size` is 4545; expected a multiple of the 71 attention heads"),
         (FALCON_7B, {"hidden_size": "4544"}, '`hidden_size` is "4544"; expected a whole number from 1 to'),
         (FALCON_7B, {"hidden_size": True}, "`hidden_size` is true; expected a whole number"),

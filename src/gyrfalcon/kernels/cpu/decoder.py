@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -178,6 +179,24 @@ class NativeDecoder:
             len(hidden_SD),
         )
         return logits_SV
+
+    def choose_greedy(self, logits_SV: Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        num_rows, width = logits_SV.shape
+        ids_S = np.empty(num_rows, dtype=np.int32)
+        logprobs_S = np.empty(num_rows, dtype=np.float32)
+        sound_S = np.empty(num_rows, dtype=np.bool_)
+        logits_SV = logits_SV.contiguous()
+        self._library.gyrfalcon_decoder_choose_greedy(
+            self._handle,
+            logits_SV.data_ptr(),
+            num_rows,
+            width,
+            address(ids_S),
+            address(logprobs_S),
+            address(sound_S),
+        )
+        ids_S[~sound_S] = -1
+        return ids_S, logprobs_S
 
     def _check(self, failed: int, num_rows: int) -> None:
         if failed:

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 from gyrfalcon.config import CPU_KERNELS_VARIABLE, CPU_LIBRARY_VARIABLE
 from gyrfalcon.errors import SettingsError
+from gyrfalcon.kernels.cpu.structures import CDecoderSpec, CLayer, CMatrix, CStep
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +110,23 @@ def _open(path: Path) -> ctypes.CDLL | None:
     _warn_if_older_than_its_sources(path)
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        _check_structures(library)
+    except (OSError, AttributeError) as error:
         logger.warning("the CPU kernels cannot be loaded", extra={"path": str(path), "reason": str(error)})
         return None
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
     return library
+
+
+def _check_structures(library: ctypes.CDLL) -> None:
+    """Raise OSError where the library lays a structure out in another way than this package does."""
+    structures = (CMatrix, CLayer, CDecoderSpec, CStep)
+    sizes = [ctypes.c_int64() for _ in structures]
+    library.gyrfalcon_structure_sizes(*(ctypes.byref(size) for size in sizes))
+    if [size.value for size in sizes] != [ctypes.sizeof(structure) for structure in structures]:
+        raise OSError("it was built from other sources than this package's; build it again")
 
 
 def _availability(library: ctypes.CDLL, kind: str) -> int:

@@ -107,8 +107,8 @@ class PackedFile(Mapping[str, Array]):
 def choose_path(checkpoint: Path, name: str, folder: Path | None = None) -> Path | None:
     """The file that keeps the packed weights `name` of a checkpoint's folder; None for nowhere.
 
-    folder: one that the operator chose. If None, a hidden folder beside the weights where there is such a file already or
-    the folder can be written to, otherwise the user's cache; and nowhere for a small checkpoint.
+    folder: one that the operator chose. If None, a hidden folder beside the weights where there is such a file already
+    or the folder can be written to, otherwise the user's cache; and nowhere for a small checkpoint.
     """
     resolved = checkpoint.resolve()
     own_folder = f"{resolved.name}-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:12]}"
