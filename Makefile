@@ -21,6 +21,10 @@ native:
 test: $(READY) native
 	$(BIN)/python -m pytest -q $(ARGS)
 
+# The tests of the CPU kernels, which then watch every access to memory and every undefined operation.
+sanitize: $(READY) native
+	$(BIN)/python tools/build_native.py --sanitize $(BIN)/python -m pytest -q tests/kernels $(ARGS)
+
 # Real clients, each in a small environment of its own under .venv-clients, against a running server.
 clients: $(READY) native
 	$(BIN)/python tools/client_environments.py

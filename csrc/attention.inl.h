@@ -18,22 +18,22 @@
 
 namespace gyrfalcon::GYRFALCON_ISA {
 
-// Positions of a run, which is some blocks or part of one. Scores, keys and values of a run and the queries' own buffers
-// should stay in the first-level cache: tile products take half as long again where they do not.
+// Positions of a run, which is some blocks or part of one. Scores, keys and values of a run and the queries' own
+// buffers should stay in the first-level cache: tile products take half as long again where they do not.
 constexpr int kRun = 64;
-constexpr int kMostProducts = 32;        // product rows computed together: two tiles
+constexpr int kMostProducts = 32;  // product rows computed together: two tiles
 constexpr int kScoreStride = kRun + 16;  // rows a power of two apart would share cache sets
 
 // What a thread computes with; see attend_scratch_bytes.
 struct AttentionScratch {
-  float* scores;    // [M][kScoreStride]; weights take their place, those in bfloat16 from the row's beginning on
-  float* sums;      // [M][E rounded up to 16]: weighted values
-  float* totals;    // [M][16]: sums of weights, lane by lane
+  float* scores;     // [M][kScoreStride]; weights take their place, those in bfloat16 from the row's beginning on
+  float* sums;       // [M][E rounded up to 16]: weighted values
+  float* totals;     // [M][16]: sums of weights, lane by lane
   float* positions; // [kRun]: the run's positions rounded to bfloat16, for the bias
-  float* queries;   // [M][E], or bfloat16 for tiles
-  float* keys;      // [E][kRun]; tiles do not use it
-  float* values;    // [kRun][E rounded up to 16]; tiles: one step's values, bfloat16 [16][E][2]
-  float levels[kMostProducts];  // the scores that have weight 1
+  float* queries;    // [M][E], or bfloat16 for tiles
+  float* keys;       // [E][kRun]; tiles do not use it
+  float* values;     // [kRun][E rounded up to 16]; tiles: one step's values, bfloat16 [16][E][2]
+  float levels[kMostProducts];       // the scores that have weight 1
   float slopes[kMostProducts];       // of the bias, rounded to bfloat16
   int num_positions[kMostProducts];  // that a product row sees, from the first of its row on
 };
@@ -41,7 +41,7 @@ struct AttentionScratch {
 // Product rows computed together, of one row of the batch and one kv head. Their tokens lie in one run.
 struct AttentionPart {
   const AttentionShape& shape;
-  const void* keys;    // of the layer's block 0, the kv head
+  const void* keys;  // of the layer's block 0, the kv head
   const void* values;
   int64_t block_stride;  // elements from a block to the next
   const int32_t* block_table;
@@ -95,8 +95,8 @@ inline float hide_and_find_largest(float* scores, int seen) {
   return largest(maxima);
 }
 
-// A row's level follows its largest score, but only when that has got ahead of it by this many powers of 2: sums are seldom
-// brought to a new level, and weights up to 2^8 are as exact as those up to 1.
+// A row's level follows its largest score, but only when that has got ahead of it by this many powers of 2: sums are
+// seldom brought to a new level, and weights up to 2^8 are as exact as those up to 1.
 constexpr float kSlack = 8.0f;
 
 // Brings a run's scores to their final form, the sums so far to the new levels, and hands every row to
@@ -252,8 +252,11 @@ inline void attend_part(AttentionPart part, const AttentionOutput& out, Attentio
   std::memset(scratch.totals, 0, sizeof(float) * 16 * part.num_products);
   std::memset(scratch.sums, 0, sizeof(float) * round_up(part.shape.head_size, 16) * kMostProducts);
 #if defined(__AMX_BF16__)
-  if (use_tiles(part.shape)) attend_with_tiles(part, scratch);
-  else
+  if (use_tiles(part.shape)) {
+    attend_with_tiles(part, scratch);
+    store_means(part, scratch, out);
+    return;
+  }
 #endif
   attend_with_vectors(part, scratch);
   store_means(part, scratch, out);
@@ -270,7 +273,8 @@ inline void attend(const AttentionTask& task, const float* q, int64_t q_stride, 
   const int64_t in_block = static_cast<int64_t>(shape.head_size) * shape.block_size * task.kv_head;
   const int64_t element_bytes = shape.is_bf16 ? 2 : 4;
   const AttentionOutput output{
-      static_cast<char*>(out) + (first_token * out_stride + first_column) * (out_is_bf16 ? 2 : 4), out_stride, out_is_bf16};
+      static_cast<char*>(out) + (first_token * out_stride + first_column) * (out_is_bf16 ? 2 : 4), out_stride,
+      out_is_bf16};
   AttentionPart part{shape,
                      static_cast<const char*>(cache.keys) + in_block * element_bytes,
                      static_cast<const char*>(cache.values) + in_block * element_bytes,

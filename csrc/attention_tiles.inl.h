@@ -1,5 +1,6 @@
-// Attention's two products on AMX tiles, straight from a bfloat16 cache whose layout is that of the tiles: sixteen positions'
-// keys of 32 elements are a tile, sixteen elements of 32 positions' values too. Queries and weights are rounded to bfloat16.
+// Attention's two products on AMX tiles, straight from a bfloat16 cache whose layout is that of the tiles: sixteen
+// positions' keys of 32 elements are a tile, sixteen elements of 32 positions' values too. Queries and weights are
+// rounded to bfloat16.
 //
 // Tiles always have 16 rows, whatever the number of product rows: a tile's row depends on no other, so that what the
 // rows beyond the last hold does not matter.
@@ -12,8 +13,8 @@ namespace gyrfalcon::GYRFALCON_ISA {
 
 constexpr int kStep = 32;  // positions whose values one tile instruction takes
 
-// Products of one or two tiles of queries and sixteen keys, left in the tiles kFirst and, of the second tile of queries,
-// kFirst + 1. (The names of tiles are part of the instructions.)
+// Products of one or two tiles of queries and sixteen keys, left in the tiles kFirst and, of the second tile of
+// queries, kFirst + 1. (The names of tiles are part of the instructions.)
 #define GYRFALCON_SCORE_SIXTEEN(kFirst, kSecond, kKeys)                           \
   do {                                                                            \
     _tile_zero(kFirst);                                                           \
@@ -35,12 +36,13 @@ constexpr int kStep = 32;  // positions whose values one tile instruction takes
     if (kTwo) _tile_stored(kSecond, (scores) + 16 * kScoreStride, score_bytes);   \
   } while (false)
 
-// Scores of `num_steps` steps of keys for one or two tiles of product rows. Results are stored one product late: a store
-// that waits for its product keeps the following ones from starting.
+// Scores of `num_steps` steps of keys for one or two tiles of product rows. Results are stored one product late: a
+// store that waits for its product keeps the following ones from starting.
 template <bool kTwo>
 inline void score_run(const uint16_t* queries, int64_t head_size, const uint16_t* const* steps, int num_steps,
                       int64_t block_size, float* scores) {
   const int64_t query_bytes = head_size * 2, key_bytes = block_size * 4, score_bytes = kScoreStride * 4;
+  finish_stores();
   for (int i = 0; i < num_steps; ++i, scores += kStep) {
     GYRFALCON_SCORE_SIXTEEN(0, 1, steps[i]);
     if (i > 0) GYRFALCON_STORE_SIXTEEN(2, 3, scores - 16);
@@ -59,8 +61,8 @@ inline void store_rounded(void* p, __m512 x) {
   std::memcpy(p, &rounded, sizeof rounded);
 }
 
-// The weights, rounded to bfloat16, take the place of scores already read; `end` is a multiple of 16. The powers of 2 are
-// within 3e-6 of themselves, a thousandth of what the rounding changes.
+// The weights, rounded to bfloat16, take the place of scores already read; `end` is a multiple of 16. The powers of 2
+// are within 3e-6 of themselves, a thousandth of what the rounding changes.
 inline void weigh_rounded(float* scores, int seen, int end, float factor, float offset, float* totals) {
   __m512 total = _mm512_loadu_ps(totals);
   const __m512 factors = _mm512_set1_ps(factor), offsets = _mm512_set1_ps(offset);
@@ -88,6 +90,7 @@ inline void add_values(const uint16_t* weights, const uint16_t* const* steps, in
                        int64_t head_size, float* sums) {
   sums += e;
   const int64_t weight_bytes = kScoreStride * 4, value_bytes = head_size * 4, sum_bytes = head_size * 4;
+  finish_stores();
   _tile_loadd(0, sums, sum_bytes);
   _tile_loadd(1, sums + 16, sum_bytes);
   if (kTwo) {

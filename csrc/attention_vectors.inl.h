@@ -1,5 +1,5 @@
-// Attention's two products on vectors, for any head size: a run's keys and values are gathered as float32, so that float32
-// and bfloat16 caches share the rest, and nothing a cache holds beyond the last position gets into a product.
+// Attention's two products on vectors, for any head size: a run's keys and values are gathered as float32, so that
+// float32 and bfloat16 caches share the rest, and nothing a cache holds beyond the last position gets into a product.
 #pragma once
 
 #include "attention.inl.h"
@@ -23,8 +23,8 @@ inline lanes fill_lanes(float x) { return _mm256_set1_ps(x); }
 inline lanes add_product_of_lanes(lanes a, lanes b, lanes c) { return _mm256_fmadd_ps(a, b, c); }
 #endif
 
-// out[r][c] += sum over i of left[r][i] * right[i][c] in ascending i, one chain an element, for R rows and C registers of
-// columns.
+// out[r][c] += sum over i of left[r][i] * right[i][c] in ascending i, one chain an element, for R rows and C
+// registers of columns.
 template <int R, int C>
 inline void add_product_block(const float* left, int left_stride, const float* right, int right_stride, int depth,
                               float* out, int out_stride) {
@@ -65,8 +65,8 @@ inline void add_product(const float* left, int left_stride, int num_rows, const 
                                      out + row * out_stride, out_stride);
 }
 
-// Keys of the positions run_begin .. run_begin + count - 1 (a multiple of 16, which may go beyond the last one written: what
-// is computed with those is hidden later) as [E][kRun].
+// Keys of the positions run_begin .. run_begin + count - 1 (a multiple of 16, which may go beyond the last one
+// written: what is computed with those is hidden later) as [E][kRun].
 inline void gather_keys(const AttentionPart& part, int run_begin, int count, float* keys) {
   const int64_t head_size = part.shape.head_size, block_size = part.shape.block_size;
   for (int p = 0; p < count; p += 16) {
@@ -85,7 +85,8 @@ inline void gather_keys(const AttentionPart& part, int run_begin, int count, flo
   }
 }
 
-// Values of the positions run_begin .. run_begin + count - 1 as [position][E rounded up to 16]; what is beyond E is zero.
+// Values of the positions run_begin .. run_begin + count - 1 as [position][E rounded up to 16]; what is beyond E is
+// zero.
 inline void gather_values(const AttentionPart& part, int run_begin, int count, float* values) {
   const int64_t head_size = part.shape.head_size, block_size = part.shape.block_size;
   const int64_t padded = round_up(part.shape.head_size, 16), whole = head_size / 16 * 16;

@@ -19,8 +19,8 @@ namespace gyrfalcon::GYRFALCON_ISA {
 #if defined(__AMX_TILE__)
 
 // From this many rows on tiles are faster than dot products in vectors; both give the same bits.
-constexpr int kInt8TileRows = 4;
-constexpr int kInt4TileRows = 8;
+constexpr int kInt8TileRows = 7;
+constexpr int kInt4TileRows = 13;
 
 inline bool takes_tiles(const Matrix& w, int num_rows) {
   if (w.storage == Storage::kBFloat16) return true;  // always: vectors would add in another order

@@ -1,8 +1,8 @@
 // Matrix products in the tile registers of AMX: bfloat16, int8 and, a group at a time, int4.
 //
-// A tile of activations is 16 rows (fewer where the product has fewer) of 64 bytes; a tile of weights is 1024 bytes of a
-// panel as it lies in memory. Where the number of rows is not a multiple of 16, the last tile of rows overlaps the one
-// before it: it computes the same bits again, and only new rows are finished.
+// A tile of activations is 16 rows (fewer where the product has fewer) of 64 bytes; a tile of weights is 1024 bytes of
+// a panel as it lies in memory. Where the number of rows is not a multiple of 16, the last tile of rows overlaps the
+// one before it: it computes the same bits again, and only new rows are finished.
 #pragma once
 
 #include "matmul_finish.inl.h"
@@ -50,8 +50,8 @@ struct SignedTiles {
   }
 };
 
-// Shapes for products of tiles of `rows` rows whose inner width is `row_bytes`: tiles 0 .. 3 sums, 4 and 5 activations, 6
-// and 7 weights.
+// Shapes for products of tiles of `rows` rows whose inner width is `row_bytes`: tiles 0 .. 3 sums, 4 and 5 activations,
+// 6 and 7 weights.
 inline void configure_product_tiles(int rows, int row_bytes) {
   TileConfig config = full_tile_config();
   for (int i = 0; i < 6; ++i) config.rows[i] = static_cast<uint8_t>(rows);
@@ -154,7 +154,8 @@ inline size_t tile_scratch_bytes(int num_rows) {
   return (4 + resting * kPanelGroup) * kTileBytes;
 }
 
-// Finishes the rows of a set whose sums lie as `sums` [row tile][panel][tile], blocks of two row tiles after each other.
+// Finishes the new rows of the tiles first_tile .. first_tile + row_tiles of a set, whose sums lie as
+// [row tile][panel][tile].
 template <class Value>
 inline void finish_tiles(const Matrix& w, const Output& out, const PanelSet& set, int first_tile, int row_tiles,
                          int num_rows, const uint8_t* sums, const Value& value) {
@@ -245,9 +246,9 @@ inline void tile_matmul(const Matrix& w, const Activations& x, int num_rows, int
 
 // ---- int4 ----
 
-// Panels' codes less their zeros as signed bytes, in the layout of kInt8, so that tiles multiply them and what comes out
-// is the group's dot product, zero point included.
-inline void unpack_panel(const Matrix& w, int panel, int begin, int end, int8_t* unpacked) {
+// A panel's codes less their zeros as signed bytes, in the layout of kInt8, so that what comes out of the tiles is a
+// group's dot product with the zero point included. Fetches from `ahead` on meanwhile, as much as it reads.
+inline void unpack_panel(const Matrix& w, int panel, int begin, int end, const uint8_t* ahead, int8_t* unpacked) {
   const int num_groups = padded_width(w.storage, w.width, w.group) / w.group;
   const uint8_t* from = static_cast<const uint8_t*>(w.panels) +
                         panel * static_cast<int64_t>(panel_bytes(w.storage, w.width, w.group)) + begin * 8;
@@ -257,7 +258,8 @@ inline void unpack_panel(const Matrix& w, int panel, int begin, int end, int8_t*
     const Ints zero =
         zeros ? _mm512_mullo_epi32(load_bytes(zeros + k / w.group * kPanelWidth), _mm512_set1_epi32(0x01010101))
               : _mm512_set1_epi8(8);
-    for (int i = 0; i < w.group; i += 8, from += 64, unpacked += 128) {
+    for (int i = 0; i < w.group; i += 8, from += 64, ahead += 64, unpacked += 128) {
+      prefetch(ahead);
       const Ints codes = load_ints(from);
       store_lanes(unpacked, _mm512_sub_epi8(low_codes(codes), zero));
       store_lanes(unpacked + 64, _mm512_sub_epi8(high_codes(codes), zero));
@@ -269,14 +271,17 @@ inline void unpack_panel(const Matrix& w, int panel, int begin, int end, int8_t*
 // back.
 constexpr int kGroupsUnderWay = 4;
 
+// Calls would carry the sums through memory.
+#define GYRFALCON_INLINE __attribute__((always_inline))
+
 // One tile of rows times one panel over groups of unpacked codes: sums [row][16] go on. dots: memory for
 // 2 kGroupsUnderWay tiles.
 template <int kTilesAGroup>
 inline void group_tile_block(const uint8_t* x, int64_t x_stride, const int8_t* panel, int num_groups, int group,
                              const uint16_t* scales, const float* x_scales, int64_t x_scales_stride, int rows,
                              float* sums, bool is_first, uint8_t* dots) {
-  const auto dots_of = [&](int g) { return dots + g % (2 * kGroupsUnderWay) * kTileBytes; };
-  const auto multiply = [&](int g, auto slot) {
+  const auto dots_of = [=](int g) GYRFALCON_INLINE { return dots + g % (2 * kGroupsUnderWay) * kTileBytes; };
+  const auto multiply = [=](int g, auto slot) GYRFALCON_INLINE {
     if (g >= num_groups) return;
     constexpr int kSum = decltype(slot)::value, kX = 4 + kSum % 2, kW = 6 + kSum % 2;
     const uint8_t* const left = x + g * group;
@@ -290,24 +295,30 @@ inline void group_tile_block(const uint8_t* x, int64_t x_stride, const int8_t* p
       load_tile<13 - kW>(right + kTileBytes, kTileRowBytes);
       SignedTiles::multiply<kSum, 9 - kX, 13 - kW>();
     }
-    store_tile<kSum>(dots_of(g), kTileRowBytes);
   };
-  const auto multiply_four = [&](int g) {
+  const auto store_dots = [=](int g, auto slot) GYRFALCON_INLINE {
+    if (g < num_groups) store_tile<decltype(slot)::value>(dots_of(g), kTileRowBytes);
+  };
+  const auto multiply_four = [=](int g) GYRFALCON_INLINE {
     multiply(g, std::integral_constant<int, 0>());
     multiply(g + 1, std::integral_constant<int, 1>());
     multiply(g + 2, std::integral_constant<int, 2>());
     multiply(g + 3, std::integral_constant<int, 3>());
+    // After all four: a store waits for its product, and what comes behind it waits with it.
+    store_dots(g, std::integral_constant<int, 0>());
+    store_dots(g + 1, std::integral_constant<int, 1>());
+    store_dots(g + 2, std::integral_constant<int, 2>());
+    store_dots(g + 3, std::integral_constant<int, 3>());
   };
-  const auto add = [&](int g, int row, Floats sum) {
+  const auto add = [=](int g, int row, Floats scale, Floats sum) GYRFALCON_INLINE {
     const Ints dot = load_ints(dots_of(g) + row * kTileRowBytes);
-    const Floats scale = scaled(x_scales[row * x_scales_stride + g], load_halves(scales + g * kPanelWidth));
-    return multiply_add(to_floats(dot), scale, sum);
+    return multiply_add(to_floats(dot), scaled(x_scales[row * x_scales_stride + g], scale), sum);
   };
-  const auto for_each_group = [&](const auto& add_group) {
+  const auto for_each_group = [=](const auto& add_group) GYRFALCON_INLINE {
     multiply_four(0);
     for (int g = 0; g < num_groups; ++g) {
       if (g % kGroupsUnderWay == 0) multiply_four(g + kGroupsUnderWay);
-      add_group(g);
+      add_group(g, load_halves(scales + g * kPanelWidth));
     }
   };
   if (rows == kTileRows) {
@@ -315,20 +326,22 @@ inline void group_tile_block(const uint8_t* x, int64_t x_stride, const int8_t* p
 #pragma GCC unroll 16
     for (int row = 0; row < kTileRows; ++row)
       kept[row] = is_first ? zero_floats() : load_floats(sums + row * kPanelWidth);
-    for_each_group([&](int g) {
+    for_each_group([&](int g, Floats scale) GYRFALCON_INLINE {
 #pragma GCC unroll 16
-      for (int row = 0; row < kTileRows; ++row) kept[row] = add(g, row, kept[row]);
+      for (int row = 0; row < kTileRows; ++row) kept[row] = add(g, row, scale, kept[row]);
     });
 #pragma GCC unroll 16
     for (int row = 0; row < kTileRows; ++row) store_lanes(sums + row * kPanelWidth, kept[row]);
     return;
   }
   if (is_first) std::memset(sums, 0, static_cast<size_t>(rows) * kLaneBytes);
-  for_each_group([&](int g) {
+  for_each_group([&](int g, Floats scale) GYRFALCON_INLINE {
     for (int row = 0; row < rows; ++row)
-      store_lanes(sums + row * kPanelWidth, add(g, row, load_floats(sums + row * kPanelWidth)));
+      store_lanes(sums + row * kPanelWidth, add(g, row, scale, load_floats(sums + row * kPanelWidth)));
   });
 }
+
+#undef GYRFALCON_INLINE
 
 // Inner positions unpacked at a time: they stay in the level-1 cache, and all rows' in the level-2 cache.
 constexpr int kUnpackedChunk = 1024;
@@ -343,6 +356,7 @@ inline void group_tile_matmul(const Matrix& w, const Activations& x, int num_row
                               const Output& out, void* scratch) {
   const int row_tiles = num_row_tiles(num_rows), rows = tile_rows(num_rows);
   const int width = padded_width(w.storage, w.width, w.group), num_groups = width / w.group;
+  const int64_t panel_size = static_cast<int64_t>(panel_bytes(w.storage, w.width, w.group));
   uint8_t* const dots = static_cast<uint8_t*>(scratch);
   int8_t* const unpacked = reinterpret_cast<int8_t*>(dots + 2 * kGroupsUnderWay * kTileBytes);
   uint8_t* const sums = reinterpret_cast<uint8_t*>(unpacked) + kUnpackedChunk * kPanelWidth;
@@ -351,10 +365,17 @@ inline void group_tile_matmul(const Matrix& w, const Activations& x, int num_row
 
   for (int first = first_panel; first < last_panel; first += kUnpackedGroup) {
     const int last = last_panel - first < kUnpackedGroup ? last_panel : first + kUnpackedGroup;
+    const auto sums_of = [&](int tile, int panel) {
+      return sums + (static_cast<int64_t>(tile) * kUnpackedGroup + panel - first) * kTileBytes;
+    };
     for (int begin = 0; begin < width; begin += kUnpackedChunk) {
       const int end = width - begin < kUnpackedChunk ? width : begin + kUnpackedChunk;
       for (int panel = first; panel < last; ++panel) {
-        unpack_panel(w, panel, begin, end, unpacked);
+        // Next comes the same chunk of the next panel, or the next chunk of the first.
+        const uint8_t* const ahead = static_cast<const uint8_t*>(w.panels) +
+                                     (panel + 1 < last ? (panel + 1) * panel_size + begin * 8
+                                                       : first * panel_size + end * 8);
+        unpack_panel(w, panel, begin, end, ahead, unpacked);
         const uint16_t* const scales =
             w.scales_f16 + (static_cast<int64_t>(panel) * num_groups + begin / w.group) * kPanelWidth;
         for (int tile = 0; tile < row_tiles; ++tile) {
@@ -362,16 +383,14 @@ inline void group_tile_matmul(const Matrix& w, const Activations& x, int num_row
           const auto block = w.group > 64 ? group_tile_block<2> : group_tile_block<1>;
           block(x.data + row * x.stride + begin, x.stride, unpacked, (end - begin) / w.group, w.group, scales,
                 x.scales + row * num_groups + begin / w.group, num_groups, rows,
-                reinterpret_cast<float*>(sums + (static_cast<int64_t>(tile) * kUnpackedGroup + panel - first) * kTileBytes),
-                begin == 0, dots);
+                reinterpret_cast<float*>(sums_of(tile, panel)), begin == 0, dots);
         }
       }
     }
     for (int panel = first; panel < last; panel += in_pairs ? 2 : 1) {
       const PanelSet set = in_pairs ? PanelSet{2, {panel, panel + 1}} : PanelSet{1, {panel}};
       for (int tile = 0; tile < row_tiles; ++tile)
-        finish_tiles(w, out, set, tile, 1, num_rows,
-                     sums + (static_cast<int64_t>(tile) * kUnpackedGroup + panel - first) * kTileBytes,
+        finish_tiles(w, out, set, tile, 1, num_rows, sums_of(tile, panel),
                      [](int, int, const uint8_t* sum) { return load(reinterpret_cast<const float*>(sum)); });
     }
   }

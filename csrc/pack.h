@@ -1,8 +1,8 @@
 // From row-major weights to the panels of matrix.h, and how prepared rows of activations lie in memory.
 //
-// Every packing function fills the panels first_panel .. last_panel of a matrix, so that threads can share a matrix out.
-// Its outputs are counted in slots: slot s, the packed output s, is row rows[s] of the source, or nothing where that is
-// -1. `rows` null: slot s is row s. Slots from num_slots on are nothing, too.
+// Every packing function fills the panels first_panel .. last_panel of a matrix, so that threads can share it out. Its
+// outputs are counted in slots: slot s, the packed output s, is row rows[s] of the source, or nothing where that is -1.
+// `rows` null: slot s is row s. Slots from num_slots on are nothing, too.
 #pragma once
 
 #include "matrix.h"
@@ -23,8 +23,8 @@ void pack_int8(const int8_t* codes, int width, const int32_t* rows, int num_slot
 void pack_int4(const uint8_t* codes, int width, int group, const int32_t* rows, int num_slots, int first_panel,
                int last_panel, void* panels);
 
-// Scales [rows][num_groups] of kInt4 into [panel][group][16], half precision, rounded to nearest even; 0 for a slot that
-// is nothing.
+// Scales [rows][num_groups] of kInt4 into [panel][group][16], half precision, rounded to nearest even; 0 for a slot
+// that is nothing.
 void pack_group_scales(const float* scales, int num_groups, const int32_t* rows, int num_slots, int first_panel,
                        int last_panel, uint16_t* packed);
 

@@ -59,7 +59,7 @@ inline bool any_not_below_infinity(vec16 x) {
 
 // ---- exponentials ----
 
-// significand * 2^power for a whole power in -126 .. 128, and 0 where `x` is below `least` (which the others need not fit).
+// significand * 2^power for a whole power in -126 .. 128, and 0 where `x` is below `least`, whatever the rest.
 inline vec16 times_power_of_two(vec16 significand, vec16 power, vec16 x, vec16 least) {
 #if defined(__AVX512F__)
   const __mmask16 large_enough = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);  // NaN is
@@ -88,7 +88,7 @@ inline vec16 exp(vec16 x) {
   return times_power_of_two(p, power, x, splat(-87.3f));
 }
 
-// 2^x for x <= 0, within 3e-7 of the result; 0 below -126 (and for -infinity), NaN for NaN.
+// 2^x for x <= 100, within 3e-7 of the result; 0 below -126 (and for -infinity), NaN for NaN.
 inline vec16 exp2(vec16 x) {
   const vec16 power = round_even(x);
   const vec16 r = x - power;
@@ -174,7 +174,7 @@ inline void store_bf16(uint16_t* p, vec16 x) {
 
 // ---- norms ----
 
-// The sum of f(x[i]) in one order for every caller: four running sums of 16, the sums together, their elements by halves.
+// The sum of f(x[i]) in one order for every caller: four running sums of 16, these together, their elements by halves.
 // `f(values, count)` has `count` elements that count and must give 0 for the others.
 template <typename F>
 inline float sum_of(const float* x, int width, const F& f) {

@@ -54,6 +54,9 @@ inline void configure_tiles(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(active_tile_config));
 }
 
+// Keeps the compiler from moving stores past this: gcc 12's tile loads do not tell it that they read memory.
+inline void finish_stores() { asm volatile("" : : : "memory"); }
+
 // Asks the kernel to let this process use tile data; needed once per process, before its first tile instruction, and
 // harmless again. False where the kernel or the processor does not have it.
 inline bool request_amx() {

@@ -1,8 +1,8 @@
 """Build the CPU kernels: csrc/*.cpp becomes src/gyrfalcon/kernels/cpu/libgyrfalcon_cpu.so.
 
-    python tools/build_native.py                 build what has changed since the last time
-    python tools/build_native.py --sanitize      a second library with address and undefined-behaviour checks,
-                                                 build/native/sanitized/libgyrfalcon_cpu.so; prints its path
+    python tools/build_native.py                        build what has changed since the last time
+    python tools/build_native.py --sanitize COMMAND     build a second library with address and undefined-behaviour
+                                                        checks in build/native/sanitized, and run COMMAND with it
 
 Needs a C++17 compiler (CXX, or c++, g++ or clang++ on the path) and Python alone. Compiled files are kept in
 build/native by the contents of what went into them, so that only what changed is compiled again, whatever the clock
@@ -48,7 +48,16 @@ SANITIZE_FLAGS = [_SANITIZERS, "-O1", "-fno-sanitize-recover=all", "-fno-omit-fr
 # which has to be the one that runs everywhere.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # gcc 12 warns of its own intrinsics, which leave a register undefined on purpose (gcc bug 105593).
-_AVX512 = ["-Wno-maybe-uninitialized", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", *_AVX2]
+_AVX512 = [
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mavx512vnni",
+    *_AVX2,
+]
 _AMX = [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 KINDS = {"avx2": _AVX2, "avx512": _AVX512, "amx": _AMX}
 
@@ -173,7 +182,8 @@ def _compile(command: list[str], unit: Unit, target: Path) -> None:
 
 def _link(command: list[str], objects: list[Path], target: Path, flags: list[str]) -> None:
     """Link unless the library was made of the same objects; then its date says that it is up to date."""
-    parts = "\n".join(path.name for path in objects)
+    exports = SOURCES / "exports.map"
+    parts = "\n".join([*(path.name for path in objects), *flags, exports.read_text(encoding="utf-8")])
     record = OBJECTS / f"{target.parent.name}-linked.txt"
     if target.exists() and record.exists() and record.read_text(encoding="utf-8") == parts:
         os.utime(target)
@@ -181,7 +191,8 @@ def _link(command: list[str], objects: list[Path], target: Path, flags: list[str
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         made = Path(folder) / target.name
-        _run([*command, "-shared", "-pthread", *flags, *map(str, objects), "-o", str(made)])
+        shown = f"-Wl,--version-script={exports}"
+        _run([*command, "-shared", "-pthread", shown, *flags, *map(str, objects), "-o", str(made)])
         made.replace(target)
     record.write_text(parts, encoding="utf-8")
 
@@ -217,16 +228,37 @@ def _run(command: list[str], source: Path | None = None) -> str:
     return done.stdout
 
 
+def sanitized_environment() -> dict[str, str]:
+    """Variables with which Python runs the library with sanitizers, once that is built."""
+    found = _run([*_compiler(), "-print-file-name=libasan.so"]).strip()
+    if not Path(found).is_absolute():  # the name alone: it is not there
+        raise NotPossible(f"{_compiler()[0]} has no libasan.so, which sanitizers need")
+    return {
+        "LD_PRELOAD": found,  # Python itself is built without
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little when it ends
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "GYRFALCON_CPU_LIBRARY": str(SANITIZED_LIBRARY),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the CPU kernels.")
-    parser.add_argument("--sanitize", action="store_true", help="build the library with sanitizers and print its path")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--sanitize", nargs=argparse.REMAINDER, metavar="COMMAND", help="build with sanitizers and run COMMAND"
+    )
+    command = parser.parse_args().sanitize
     try:
-        print(build(sanitize=arguments.sanitize))
+        if command is not None:
+            environment = os.environ | sanitized_environment()
+            build(sanitize=True)
+            return subprocess.run(command, env=environment, check=False).returncode if command else 0
+        print(build())
         NOTICE.unlink(missing_ok=True)
     except NotPossible as error:
-        _explain(error)
-        return 1 if arguments.sanitize else 0  # whoever has no compiler can still work on the rest
+        if command is not None:
+            print(error, file=sys.stderr)
+            return 1
+        _explain(error)  # whoever has no compiler can still work on the rest
     except NotBuilt as error:
         print(f"{error}\n{error.details}", file=sys.stderr)
         return 1

@@ -98,9 +98,7 @@ def _kustomize() -> Iterator[tuple[str, str]]:
         repository, _, tag = overlay.image.rpartition(":")
         yield (
             f"overlays/{name}/kustomization.yaml",
-            _kustomization(
-                resources=["../../base"], images=[{"name": repository, "newTag": tag}], patches=patches
-            ),
+            _kustomization(resources=["../../base"], images=[{"name": repository, "newTag": tag}], patches=patches),
         )
     unscaled = [{"op": "remove", "path": "/spec/replicas"}]
     free_replicas = {"target": {"kind": "Deployment", "name": NAME}, "patch": to_yaml(unscaled)}
@@ -139,9 +137,7 @@ def difference(old: Any, new: Any, path: str = "") -> list[Object]:
                 changes += difference(old[key], new[key], place)
         return changes
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and _are_objects(old, new):
-        return [
-            change for index in range(len(old)) for change in difference(old[index], new[index], f"{path}/{index}")
-        ]
+        return [change for index in range(len(old)) for change in difference(old[index], new[index], f"{path}/{index}")]
     return [{"op": "replace", "path": path, "value": new}]
 
 

@@ -66,7 +66,9 @@ def main() -> int:
             retry_failed=arguments.retry_failed,
             remove_models=arguments.remove_models,
         )
-        results = Results(arguments.results.resolve(), machine.describe(), quick=arguments.quick)
+        results = Results(
+            arguments.results.resolve(), machine.describe() | {"threads": str(arguments.threads)}, quick=arguments.quick
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

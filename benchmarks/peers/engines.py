@@ -89,6 +89,11 @@ def choose(names: list[str]) -> list[Variant]:
     return [variant for variant in VARIANTS if not names or variant.name in names or variant.engine in names]
 
 
+def own_threads(threads: int) -> int | None:
+    """The setting for our engine: its own choice where all cores may be used, as its users have it."""
+    return None if threads == len(os.sched_getaffinity(0)) else threads
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Where environments and models are."""
@@ -113,7 +118,8 @@ class Places:
 def environment_variables(variant: Variant, places: Places, threads: int) -> dict[str, str]:
     """The variables an engine's process starts with."""
     variables = dict(os.environ)
-    variables["OMP_NUM_THREADS"] = str(threads)
+    if variant.engine != "gyrfalcon":  # which is told by its own setting, where it should not choose itself
+        variables["OMP_NUM_THREADS"] = str(threads)
     variables["HF_HUB_OFFLINE"] = "1"
     if variant.engine in AT_HOME:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH")]))

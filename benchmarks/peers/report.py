@@ -109,6 +109,11 @@ def _ratios(results: Results, shape: str) -> str:
             if (shape, workload.name, variant.name) in figures
         }
         rows += _ratio_rows(results, shape, workload, measured, more_is_better)
+        if workload.kind == "http":
+            clients = workload.title.removesuffix(", tokens/s")
+            for name, title in (("first_p50_s", "first token p50, s"), ("start_s", "server's start to first token, s")):
+                times = {v: statistics.median(figures[shape, workload.name, v.name][name]) for v in measured}
+                rows += _compared(f"{clients}, {title}", times, more_is_better=False, limit=lambda ours: "")
         if workload.kind == "start":
             peaks = {v: statistics.median(figures[shape, "start", v.name]["peak_bytes"]) / 1e9 for v in measured}
             rows += _compared(PEAK, peaks, more_is_better=False, limit=lambda ours: "")
@@ -163,7 +168,7 @@ def _http_table(results: Results, shape: str) -> str:
             if found:
                 times = [spread([1000 * v for v in found[name]]) for name in _HTTP_TIMES]
                 rows.append([
-                    workload.title, variant.name, spread(found["tokens_per_s"]), *times,
+                    str(workload.rows), variant.name, spread(found["tokens_per_s"]), *times,
                     spread(found["start_s"]), spread([value / 1e9 for value in found["peak_bytes"]]),
                 ])  # fmt: skip
     if not rows:

@@ -91,9 +91,9 @@ WORKLOADS = (
     Workload("beams-4", "4 beams, 128 + 64, tokens/s", "throughput", 1, 128, 64, beams=4, usual_s=10),
     Workload("overhead", "tiny shape, µs a token", "overhead", 1, 32, 256, shapes=("tiny",), usual_s=3),
     Workload("start", "process start to first token, s", "start", 1, 32, 64, usual_s=15),
-    Workload("http-1", "1 client", "http", 1, 128, 64, usual_s=15),
-    Workload("http-8", "8 clients", "http", 8, 128, 64, usual_s=20),
-    Workload("http-32", "32 clients", "http", 32, 128, 64, usual_s=35),
+    Workload("http-1", "1 client, tokens/s", "http", 1, 128, 64, usual_s=15),
+    Workload("http-8", "8 clients, tokens/s", "http", 8, 128, 64, usual_s=20),
+    Workload("http-32", "32 clients, tokens/s", "http", 32, 128, 64, usual_s=35),
 )
 
 

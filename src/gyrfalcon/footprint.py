@@ -66,9 +66,10 @@ class DeviceDefaults:
     host_bytes: int  # of the machine's memory, besides what stands on the device: the HTTP process, CUDA's own part
 
 
-# On CPU measured with eyas: the engine's process 250 MiB without weights, the HTTP process 88 MiB. On CUDA estimated.
+# On CPU measured (docs/fit.md): the engine's process 232 to 250 MiB without weights, the HTTP process 88 MiB. On CUDA
+# estimated.
 DEVICE_DEFAULTS: dict[Device, DeviceDefaults] = {
-    "cpu": DeviceDefaults(token_budget=512, cache_fraction=0.5, runtime_bytes=256 * MIB, host_bytes=96 * MIB),
+    "cpu": DeviceDefaults(token_budget=512, cache_fraction=0.5, runtime_bytes=240 * MIB, host_bytes=96 * MIB),
     "cuda": DeviceDefaults(token_budget=4096, cache_fraction=0.9, runtime_bytes=640 * MIB, host_bytes=3072 * MIB),
 }
 
@@ -123,7 +124,13 @@ class How(TypedDict, total=False):
 
 
 def footprint(
-    spec: ModelSpec, load: Load, *, dtype: str, quantize: Quantize | None = None, device: Device = "cuda", world: int = 1
+    spec: ModelSpec,
+    load: Load,
+    *,
+    dtype: str,
+    quantize: Quantize | None = None,
+    device: Device = "cuda",
+    world: int = 1,
 ) -> Footprint:
     """What each of `world` devices holds, which share the weights and the cache between them."""
     return Footprint(
@@ -227,9 +234,9 @@ def activation_bytes(spec: ModelSpec, dtype: str, load: Load, device: Device) ->
     return max(in_layers + scores, behind)
 
 
-# Scores and gathered keys of one tile of attention (kernels/reference.py: 2^19 scores and 2^22 gathered elements, in
-# float32, with their copies).
-_SCORES_BYTES: dict[Device, int] = {"cpu": 24 * MIB, "cuda": 64 * MIB}
+# Scores and gathered keys of the tiles of attention: the compiled kernels on CPU keep a few hundred KiB for each
+# thread, the plain operations up to 24 MiB.
+_SCORES_BYTES: dict[Device, int] = {"cpu": 8 * MIB, "cuda": 64 * MIB}
 
 
 def num_cache_blocks(
@@ -308,4 +315,3 @@ def _largest(
 
 def _with(load: Load, *, context: int | None = None, concurrency: int | None = None) -> Load:
     return Load(context or load.context, concurrency or load.concurrency, load.token_budget, load.block_size)
-

@@ -71,7 +71,7 @@ def describe_source(model: str) -> str:
 
 
 def hub_source(model: str) -> str | None:
-    """The Hub id that `model` stands for; None where it is a folder or the bundled checkpoint. Raises ModelLoadError."""
+    """The Hub id that `model` stands for; None for a folder and the bundled checkpoint. Raises ModelLoadError."""
     return None if _local_folder(model) is not None else _hub_id(model)
 
 

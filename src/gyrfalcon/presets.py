@@ -86,9 +86,7 @@ PUBLISHED = (
     Preset("falcon3-10b-instruct", "tiiuae/Falcon3-10B-Instruct", "the same with 32k context", _TII),
     Preset("tinyllama-1.1b-chat", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "small Llama tuned on chats"),
     Preset("smollm2-1.7b-instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct", "small Llama tuned on instructions"),
-    Preset(
-        "mistral-7b-instruct-v0.3", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral without a sliding window; gated"
-    ),
+    Preset("mistral-7b-instruct-v0.3", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral without a sliding window; gated"),
 )
 
 NAMES = (BUNDLED, *(preset.name for preset in PUBLISHED))

@@ -1,4 +1,4 @@
-"""Renders a Helm chart that keeps to a small part of Go's templates: if, else, with, define, pipelines, a few functions.
+"""Renders a Helm chart that keeps to a small part of Go's templates: if, with, define, pipelines, a few functions.
 
 What it does not know is an error, so that a chart cannot use more than is checked here.
 """

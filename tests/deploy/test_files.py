@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
-
-from gyrfalcon.deploy import objects
-from gyrfalcon.deploy.bundle import helm_values
-from gyrfalcon.presets import catalogue
 from tests.deploy.go_template import render_chart
 from tests.deploy.kustomize import render
 from tests.deploy.schemas import validate
 from tools.deploy_files import CHART, NAME, all_files, base_plan, overlays, plan
+
+from gyrfalcon.deploy import objects
+from gyrfalcon.deploy.bundle import helm_values
+from gyrfalcon.presets import catalogue
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FILES = all_files()
@@ -38,7 +38,9 @@ def test_a_made_file_is_what_the_tool_makes_now(name: str) -> None:
 
 
 def test_nothing_is_left_of_presets_that_are_gone() -> None:
-    kept = {path.relative_to(DEPLOY).as_posix() for folder in ("kubernetes", "kaito") for path in DEPLOY.glob(f"{folder}/*")}
+    kept = {
+        path.relative_to(DEPLOY).as_posix() for folder in ("kubernetes", "kaito") for path in DEPLOY.glob(f"{folder}/*")
+    }
     assert kept == {name for name in FILES if name.startswith(("kubernetes/", "kaito/"))}
 
 
@@ -54,7 +56,10 @@ def test_every_row_of_the_catalogue_has_its_files(preset: Any) -> None:
     kinds = by_kind(documents(root / preset.manifest))
     assert preset.workload in kinds
     (workspace,) = documents(root / preset.workspace)
-    assert (workspace["kind"], workspace["metadata"]["name"]) == ("Workspace", kinds[preset.workload]["metadata"]["name"])
+    assert (workspace["kind"], workspace["metadata"]["name"]) == (
+        "Workspace",
+        kinds[preset.workload]["metadata"]["name"],
+    )
 
 
 @pytest.mark.parametrize("name", sorted(overlays()))

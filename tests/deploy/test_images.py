@@ -6,16 +6,15 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.deploy.container import can_contain, contained, interpreter_folders
+from tools.deploy_files import plan
 
 from gyrfalcon.deploy import objects
 from gyrfalcon.testing.server import ServerProcess, free_port
-from tests.deploy.container import can_contain, contained, interpreter_folders
-from tools.deploy_files import plan
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "deploy" / "images"
@@ -117,13 +116,13 @@ def test_a_script_is_correct_shell_and_ends_at_the_first_failure(script: str) ->
 
 
 @pytest.fixture
-def entrypoint(tmp_path: Path) -> Iterator[Path]:
+def entrypoint(tmp_path: Path) -> Path:
     """A folder with the entry point under all its names, and a gyrfalcon that says how it was called."""
     (tmp_path / "gyrfalcon").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "gyrfalcon").chmod(0o755)
     for name in ("gyrfalcon-entrypoint", "text-generation-launcher", "accelerate"):
         (tmp_path / name).symlink_to(IMAGES / "entrypoint")
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,9 @@ def image_variables() -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in text.split())
 
 
-def start_as_in_a_pod(root: Path, log: Path, programs: list[Path], readable: list[Path]) -> ServerProcess:
+def start_as_in_a_pod(
+    root: Path, log: Path, programs: list[Path], readable: list[Path], *, shared_memory: bool = True
+) -> ServerProcess:
     """The manifest's container of eyas on a free port: its arguments, environment, user and read-only tree."""
     port = free_port()
     pod = objects.pod_spec(plan("eyas", port=port), port)
@@ -171,9 +172,8 @@ def start_as_in_a_pod(root: Path, log: Path, programs: list[Path], readable: lis
     environ = image_variables() | {each["name"]: each["value"] for each in container["env"]}
     environ["PATH"] = ":".join([*map(str, programs), environ["PATH"]])
     command = ["sh", str(IMAGES / "entrypoint"), *container["args"]]
-    line = contained(
-        command, environ=environ, root=root, readable=readable, user=pod["securityContext"]["runAsUser"]
-    )
+    user = pod["securityContext"]["runAsUser"]
+    line = contained(command, environ=environ, root=root, readable=readable, shared_memory=shared_memory, user=user)
     with log.open("wb") as stream:
         process = subprocess.Popen(line, stdout=stream, stderr=subprocess.STDOUT)
     return ServerProcess(process, port, log)
@@ -197,12 +197,15 @@ def check_it_serves(server: ServerProcess) -> None:
 
 
 @needs_root
-def test_the_server_starts_with_the_manifests_user_arguments_and_read_only_tree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared_memory", [True, False], ids=["", "without-shared-memory"])
+def test_the_server_starts_with_the_manifests_user_arguments_and_read_only_tree(
+    tmp_path: Path, shared_memory: bool
+) -> None:
     (tmp_path / "root").mkdir()
-    source = Path(__file__).parents[2] / "src"
     programs = [Path(sys.prefix) / "bin"]
-    readable = interpreter_folders()
-    server = start_as_in_a_pod(tmp_path / "root", tmp_path / "log", programs, [*readable, source])
+    server = start_as_in_a_pod(
+        tmp_path / "root", tmp_path / "log", programs, interpreter_folders(), shared_memory=shared_memory
+    )
     check_it_serves(server)
 
 
@@ -212,17 +215,17 @@ def test_the_server_starts_with_the_manifests_user_arguments_and_read_only_tree(
 @pytest.mark.skipif(
     os.environ.get("GYRFALCON_TEST_IMAGE") != "1", reason="installs everything anew; set GYRFALCON_TEST_IMAGE=1"
 )
-def test_what_the_steps_install_is_small_and_starts(tmp_path: Path) -> None:
+def test_what_the_steps_install_is_small_and_starts(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Runs the install step of the Containerfile in an empty environment, with the index that pip is set up for."""
     prefix = tmp_path / "opt" / "gyrfalcon"
     assert any("deploy/images/install /opt/gyrfalcon" in rest for word, rest in stages()["build-cpu"] if word == "RUN")
     environ = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "PYTHON": f"{sys.base_prefix}/bin/python3"}
     subprocess.run(["sh", "deploy/images/install", str(prefix)], cwd=ROOT, env=environ, check=True)
     num_bytes = sum(path.lstat().st_size for path in prefix.rglob("*") if path.is_file() and not path.is_symlink())
-    print(f"{num_bytes / 1e9:.2f} GB")
+    record_property("installed_bytes", num_bytes)
     assert num_bytes <= MOST_BYTES
     (tmp_path / "root").mkdir()
-    began = time.monotonic()
     readable = [Path(sys.base_prefix), prefix, IMAGES]
     check_it_serves(start_as_in_a_pod(tmp_path / "root", tmp_path / "log", [prefix / "bin"], readable))
-    print(f"started, answered and ended in {time.monotonic() - began:.1f} s")

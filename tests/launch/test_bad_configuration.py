@@ -131,7 +131,9 @@ def test_a_precision_that_the_device_lacks_is_refused_when_asked_for(tmp_path: P
 
 
 @pytest.mark.usefixtures("volta")
-@pytest.mark.parametrize(("stored", "chosen"), [("bfloat16", "float16"), ("float16", "float16"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    ("stored", "chosen"), [("bfloat16", "float16"), ("float16", "float16"), ("float32", "float32")]
+)
 def test_a_precision_that_is_left_open_is_one_that_the_device_has(tmp_path: Path, stored: str, chosen: str) -> None:
     assert device._choose_dtype(Settings(), write_config(tmp_path, stored), "cuda") == chosen
 

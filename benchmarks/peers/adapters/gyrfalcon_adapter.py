@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ def make_settings(assignment: Assignment) -> Settings:
     settings: dict[str, Any] = {
         "model": assignment.model,
         "log_level": "warning",
-        "num_threads": assignment.threads,
+        # With all cores to use, the engine chooses itself, as its users have it.
+        "num_threads": None if assignment.threads == len(os.sched_getaffinity(0)) else assignment.threads,
         "max_total_tokens": assignment.max_tokens,
         # Beams branch from one sequence and need rows of their own.
         "max_batch_size": max(4, assignment.max_rows),

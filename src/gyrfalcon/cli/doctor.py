@@ -14,7 +14,6 @@ from gyrfalcon import __version__, hub
 from gyrfalcon.cli.listener import claim
 from gyrfalcon.config import Settings
 from gyrfalcon.errors import OperatorError
-from gyrfalcon.kernels.cpu import library
 
 _GIB = 1024**3
 # What speeds up matrix products on a CPU, as Linux spells it.
@@ -25,6 +24,8 @@ def doctor(settings: Settings) -> None:
     """Say what this machine has, what `serve` would do with the same options, and what is in the way."""
     for name, text in machine_facts(settings):
         print(f"{name:<13} {text}")
+
+    from gyrfalcon.kernels.cpu import library  # with numpy, which the other commands' help can do without
 
     problems = []
     try:

@@ -29,6 +29,8 @@ def download(settings: Settings) -> None:
     from gyrfalcon.telemetry import setup_logging
 
     setup_logging(settings.json_output, settings.log_level)
+    for name in ("httpx", "httpx2"):  # the Hub library's own: a line for each request
+        logging.getLogger(name).setLevel(logging.WARNING)
     began_s = time.monotonic()
     fetched = fetch(
         settings.model,

@@ -56,9 +56,7 @@ def fit(
             metavar="SIZE", help="Memory of one device, such as 80GiB; several kinds if absent.", show_default=False
         ),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say how much memory MODEL takes, and what fits, from its config.json alone: no weights are read or downloaded.

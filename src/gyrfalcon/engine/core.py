@@ -31,7 +31,7 @@ class CoreLimits:
     max_rows: int = 64  # sequences in the batch
     prefix_caching: bool = True  # share computed prefixes between requests
     max_draft_tokens: int = 0  # longest draft of a sequence in a step; 0 speculates on nothing
-    step_cost_tokens: int = 16  # what a step costs besides its tokens, in tokens: see `speculation.least_chance`
+    step_cost_tokens: int = 8  # what a step costs besides its tokens, in tokens: see `speculation.least_chance`
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ def gather_plan(rows: list[ScheduledRow]) -> StepPlan:
     return StepPlan(
         query_lens_R=np.array([row.num_query_tokens + len(row.draft_ids) for row in rows], dtype=np.int32),
         context_lens_R=np.array([row.sequence.num_computed_tokens for row in rows], dtype=np.int32),
-        token_ids_T=np.concatenate([ids for row in rows for ids in (_query_ids(row), row.draft_ids)]),
+        token_ids_T=np.concatenate([_query_ids(row) for row in rows]),
         block_tables_RW=block_tables_RW,
         block_copies_C2=np.array([pair for row in rows for pair in row.block_copies], dtype=np.int32).reshape(-1, 2),
         samples=gather_samples([draw for index, row in enumerate(rows) for draw in first_draws(index, row)]),
@@ -45,7 +45,8 @@ def gather_plan(rows: list[ScheduledRow]) -> StepPlan:
 
 def _query_ids(row: ScheduledRow) -> Ints:
     start = row.sequence.num_computed_tokens
-    return row.sequence.token_ids[start : start + row.num_query_tokens]
+    known_ids = row.sequence.token_ids[start : start + row.num_query_tokens]
+    return np.concatenate([known_ids, row.draft_ids]) if len(row.draft_ids) else known_ids
 
 
 def _successor_ids(row: ScheduledRow) -> Ints:

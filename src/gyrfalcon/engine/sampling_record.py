@@ -91,9 +91,7 @@ def weighs_history(request: EngineRequest) -> bool:
     """Whether a penalty looks at all the ids so far."""
     params = request.sampling
     return (
-        params.repetition_penalty != 1.0
-        or params.frequency_penalty != 0.0
-        or params.encoder_repetition_penalty != 1.0
+        params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.encoder_repetition_penalty != 1.0
     )
 
 

@@ -219,12 +219,15 @@ class Scheduler:
         budget = min(step.budget, self._step_cost_tokens + step.num_tokens)
         for row in step.rows.values():
             group, sequence = row.group, row.sequence
-            if row.is_decoding and group.search is None:
+            if not row.is_decoding or group.search is not None:
+                continue
+            drafter = group.drafter(sequence)
+            if length := drafter.length_worth(sequence.token_ids, worth):
                 # The last token allowed is drawn, never run.
                 num_left = group.request.max_new_tokens - group.num_generated(sequence) - 1
-                most = min(self._max_draft_tokens, num_left, budget, self._most_that_fit(row))
-                row.draft_ids = group.drafter(sequence).draft(sequence.token_ids, most, worth)
-                budget -= len(row.draft_ids)
+                length = min(length, self._max_draft_tokens, num_left, budget, self._most_that_fit(row))
+                row.draft_ids = drafter.draft(sequence.token_ids, length)
+                budget -= length
                 num_blocks = self._pool.num_blocks_for(sequence.num_tokens + len(row.draft_ids))
                 while len(sequence.blocks) < num_blocks:
                     sequence.blocks.append(self._pool.allocate())

@@ -136,10 +136,9 @@ class SequenceGroup:
     def drafter(self, sequence: Sequence) -> Drafter:
         """The sequence's own; made when first asked for."""
         if sequence.drafter is None:
-            prompt_ids = sequence.token_ids[: self.num_prompt_tokens]
             if self.prompt_index is None:
-                self.prompt_index = NgramIndex(prompt_ids)
-            sequence.drafter = Drafter(self.prompt_index, prompt_ids)
+                self.prompt_index = NgramIndex(sequence.token_ids[: self.num_prompt_tokens])
+            sequence.drafter = Drafter(self.prompt_index)
         return sequence.drafter
 
     @property

@@ -47,6 +47,7 @@ from gyrfalcon.http.wire import (
     EventStream,
     count_failure,
     json_response,
+    large_json_response,
     parse_body,
     read_json,
     sse,
@@ -179,7 +180,8 @@ class TgiDialect:
         """Only the text matters; no limit on its length but that of the body."""
         try:
             body = parse_body(await self.read(request), GenerateRequest)
-            return json_response(render_spans(await self._service.tokenize(body.inputs, model=body.model)))
+            spans = await self._service.tokenize(body.inputs, model=body.model)
+            return await large_json_response(lambda: render_spans(spans), len(spans))
         except Exception as error:
             return self.failure(error)
 
@@ -189,7 +191,9 @@ class TgiDialect:
             body = parse_body(await self.read(request), ChatTokenizeRequest)
             text = await self._service.render_chat(to_conversation(body), model=body.model)
             spans = await self._service.tokenize(text, model=body.model, add_special_tokens=False)
-            return json_response({"tokenize_response": render_spans(spans), "templated_text": text})
+            return await large_json_response(
+                lambda: {"tokenize_response": render_spans(spans), "templated_text": text}, len(spans)
+            )
         except Exception as error:
             return self.failure(error)
 
@@ -217,9 +221,16 @@ class TgiDialect:
     async def answer(self, request: Request, body: GenerateRequest, returns_prompt: bool, *, as_list: bool) -> Response:
         call = self.call(body, request)
         completion = await unless_gone(request, self._service.complete(call))
-        answer = render_completion(completion, body, returns_prompt)
         headers = self._headers(call, body) | render_timings(completion)
-        return json_response([answer] if as_list else answer, headers=headers)
+
+        def render() -> object:
+            answer = render_completion(completion, body, returns_prompt)
+            return [answer] if as_list else answer
+
+        num_tokens = completion.num_prompt_tokens + completion.num_generated_tokens
+        return await large_json_response(
+            render, num_tokens * (1 + (body.parameters.top_n_tokens or 0)), headers=headers
+        )
 
     def stream(self, request: Request, body: GenerateRequest, returns_prompt: bool) -> Response:
         """A stream, also of the one event that says what is wrong with the body's meaning."""

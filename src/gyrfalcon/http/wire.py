@@ -24,6 +24,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 # Bodies below this are parsed in less time than a thread's round trip takes from the event loop.
 SHORT_BODY_BYTES = 32_768
+# The same of answers.
+SHORT_ANSWER_VALUES = 2000
 LONGEST_QUOTE = 200  # characters of a caller's own text that an answer repeats
 PING = b": ping\n\n"
 LAST_WORDS_S = 1.0  # for a client to take them when the server ends
@@ -119,6 +121,15 @@ def to_json(value: object) -> bytes:
 
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(to_json(value), status, dict(headers or {}), media_type="application/json")
+
+
+async def large_json_response(
+    render: Callable[[], object], size: int, *, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An answer of about `size` values; one of many is made in a thread, so that streams go on meanwhile."""
+    if size < SHORT_ANSWER_VALUES:
+        return json_response(render(), headers=headers)
+    return await asyncio.to_thread(lambda: json_response(render(), headers=headers))
 
 
 def sse(value: object) -> bytes:

@@ -17,6 +17,7 @@ TYPED: dict[str, tuple[str | None, object]] = {
     "model": ("falcon-7b", "falcon-7b"),
     "revision": ("main", "main"),
     "dtype": ("float32", "float32"),
+    "quantize": ("int8", "int8"),
     "device": ("cpu", "cpu"),
     "served_model_name": ("house", "house"),
     "strict_model_names": (None, True),
