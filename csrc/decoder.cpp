@@ -44,8 +44,6 @@ float element(const void* values, Storage storage, size_t index) {
   return value;
 }
 
-bool is_float(Storage storage) { return storage != Storage::kInt8 && storage != Storage::kInt4; }
-
 // Where a packed float matrix holds an output's inner position.
 size_t packed_index(const Matrix& w, int output, int position) {
   const size_t panel = output / kPanelWidth, column = output % kPanelWidth;
@@ -54,6 +52,25 @@ size_t packed_index(const Matrix& w, int output, int position) {
     return ((panel * padded + position / 2 * 2) * kPanelWidth) + column * 2 + position % 2;
   return (panel * padded + position) * kPanelWidth + column;
 }
+
+bool same_input(const Matrix& a, const Matrix& b, const Kernels& kernels) {
+  return kernels.form(a.storage) == kernels.form(b.storage) && a.group == b.group && a.order == b.order;
+}
+
+// Whether results can be written where the product reads them, without being prepared.
+bool reads_plain(const Matrix& w, const Kernels& kernels) {
+  const Form form = kernels.form(w.storage);
+  return !w.order && (form == Form::kBFloat16 || form == Form::kFloat32);
+}
+
+// What lies between a row's width and its packed width, where results are written straight into a product's input.
+void clear_padding(const Activations& x, int row) {
+  if (x.form != Form::kBFloat16) return;
+  const int padded = padded_width(Storage::kBFloat16, x.width, 0);
+  std::memset(x.data + row * x.stride + 2 * static_cast<int64_t>(x.width), 0, 2 * (padded - x.width));
+}
+
+int num_groups(const Matrix& w) { return w.group ? padded_width(w.storage, w.width, w.group) / w.group : 0; }
 
 }  // namespace
 
@@ -70,10 +87,25 @@ struct Decoder::Buffer {
   }
 };
 
+// The left side of a product.
+struct Decoder::Input {
+  Buffer data, scales, sums;
+
+  Activations get(const Matrix& w, int num_rows, const Kernels& kernels) {
+    const Form form = kernels.form(w.storage);
+    const int64_t stride = static_cast<int64_t>(activation_stride(form, w.width, w.group));
+    const size_t num_scales = static_cast<size_t>(num_rows) * std::max(1, num_groups(w));
+    return {form,
+            w.width,
+            form == Form::kGroupedInt8 ? w.group : 0,
+            data.get<uint8_t>(num_rows * stride),
+            stride,
+            scales.get<float>(num_scales),
+            sums.get<int32_t>(num_scales)};
+  }
+};
+
 struct Decoder::Workspace {
-  struct Input {
-    Buffer data, scales, sums;
-  };
   Buffer stream, qkv, attended, expanded, cosines, sines;
   Input attention_input, mlp_input, output_input, down_input, head_input;
   std::vector<Buffer> normed;   // of each thread: a row
@@ -166,31 +198,6 @@ struct Decoder::Run {
   }
 };
 
-namespace {
-
-bool same_input(const Matrix& a, const Matrix& b, const Kernels& kernels) {
-  return kernels.form(a.storage) == kernels.form(b.storage) && a.group == b.group && a.order == b.order;
-}
-
-int num_groups(const Matrix& w) { return w.group ? padded_width(w.storage, w.width, w.group) / w.group : 0; }
-
-}  // namespace
-
-static Activations activations_for(const Matrix& w, int num_rows, const Kernels& kernels, uint8_t* data, float* scales,
-                                   int32_t* sums) {
-  const Form form = kernels.form(w.storage);
-  Activations x;
-  x.form = form;
-  x.width = w.width;
-  x.group = form == Form::kGroupedInt8 ? w.group : 0;
-  x.stride = static_cast<int64_t>(activation_stride(form, w.width, w.group));
-  x.data = data;
-  x.scales = scales;
-  x.sums = sums;
-  (void)num_rows;
-  return x;
-}
-
 void Decoder::forward(const Step& step, float* hidden) {
   Workspace& space = *workspace_;
   const int num_tokens = step.batch.num_tokens, width = spec_.hidden_size, ffn = spec_.ffn_size;
@@ -203,19 +210,17 @@ void Decoder::forward(const Step& step, float* hidden) {
 
   float* const stream = space.stream.get<float>(static_cast<size_t>(num_tokens) * width);
   float* const qkv = space.qkv.get<float>(num_tokens * qkv_width);
-  float* const attended = space.attended.get<float>(num_tokens * query_width);
-  float* const expanded = space.expanded.get<float>(static_cast<size_t>(num_tokens) * ffn);
+  bool prepares_output = false, prepares_down = false;
+  for (const Layer& layer : layers_) {
+    prepares_output |= !reads_plain(layer.output, kernels_);
+    prepares_down |= !reads_plain(layer.down, kernels_);
+  }
+  float* const attended = space.attended.get<float>(prepares_output ? num_tokens * query_width : 0);
+  float* const expanded = space.expanded.get<float>(prepares_down ? static_cast<size_t>(num_tokens) * ffn : 0);
   float* const cosines = space.cosines.get<float>(static_cast<size_t>(num_tokens) * half_head);
   float* const sines = space.sines.get<float>(static_cast<size_t>(num_tokens) * half_head);
 
-  const auto input_for = [&](const Matrix& w, Workspace::Input& memory) {
-    const size_t rows = num_tokens, groups = std::max(1, num_groups(w));
-    Activations x = activations_for(w, num_tokens, kernels_, nullptr, nullptr, nullptr);
-    x.data = memory.data.get<uint8_t>(rows * x.stride);
-    x.scales = memory.scales.get<float>(rows * groups);
-    x.sums = memory.sums.get<int32_t>(rows * groups);
-    return x;
-  };
+  const auto input_for = [&](const Matrix& w, Input& memory) { return memory.get(w, num_tokens, kernels_); };
 
   // Every layer asks for the same memory, or nearly: the buffers are made before the threads start.
   size_t scratch_bytes = kernels_.attend_scratch_bytes(shape);
@@ -281,14 +286,15 @@ void Decoder::forward(const Step& step, float* hidden) {
       // Results that a product can read as they are go straight into its input.
       const auto out_to = [&](const Activations& next, const Matrix& w, float* plain, int64_t plain_stride,
                               Finish finish) {
-        if (next.form == Form::kBFloat16 && !w.order) return Output{next.data, next.stride / 2, true, finish};
-        if (next.form == Form::kFloat32 && !w.order) return Output{next.data, next.stride / 4, false, finish};
+        const bool is_bf16 = next.form == Form::kBFloat16;
+        if (reads_plain(w, kernels_)) return Output{next.data, next.stride / (is_bf16 ? 2 : 4), is_bf16, finish};
         return Output{plain, plain_stride, false, finish};
       };
       const Output up_out =
           out_to(down_x, layer.down, expanded, ffn, layer.is_gated ? Finish::kGatedSilu : Finish::kGelu);
       const Output attend_out = out_to(output_x, layer.output, attended, query_width, Finish::kStore);
-      const bool down_is_ready = up_out.data == down_x.data, output_is_ready = attend_out.data == output_x.data;
+      const bool down_is_ready = reads_plain(layer.down, kernels_);
+      const bool output_is_ready = reads_plain(layer.output, kernels_);
       const Output to_stream{stream, width, false, Finish::kAdd};
       const Run::Product make_qkv{&layer.qkv, &attention_x, {qkv, qkv_width, false, Finish::kStore}};
       const Run::Product make_up{&layer.up, &mlp_x, up_out};
@@ -320,6 +326,8 @@ void Decoder::forward(const Step& step, float* hidden) {
         kernels_.rotate_and_store(row_of(qkv, qkv_width, token), spec_.frequencies ? cosines + angles : nullptr,
                                   spec_.frequencies ? sines + angles : nullptr, shape, cache, table,
                                   step.batch.positions[token]);
+        if (output_is_ready) clear_padding(output_x, token);
+        if (down_is_ready) clear_padding(down_x, token);
         if (is_parallel && !down_is_ready)
           kernels_.prepare(row_of(expanded, ffn, token), layer.down.order, down_x, token);
       });
@@ -357,11 +365,7 @@ void Decoder::forward(const Step& step, float* hidden) {
 void Decoder::logits(const float* hidden, int num_rows, float* logits) {
   Workspace& space = *workspace_;
   const Matrix& head = spec_.head;
-  const size_t groups = std::max(1, num_groups(head));
-  Activations x = activations_for(head, num_rows, kernels_, nullptr, nullptr, nullptr);
-  x.data = space.head_input.data.get<uint8_t>(num_rows * x.stride);
-  x.scales = space.head_input.scales.get<float>(num_rows * groups);
-  x.sums = space.head_input.sums.get<int32_t>(num_rows * groups);
+  const Activations x = space.head_input.get(head, num_rows, kernels_);
   for (Buffer& scratch : space.scratch) scratch.get<uint8_t>(kernels_.matmul_scratch_bytes(head, num_rows));
   team_.run([&](int thread) {
     const Run run(*this, thread);

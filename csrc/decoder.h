@@ -78,6 +78,7 @@ class Decoder {
 
  private:
   struct Buffer;
+  struct Input;
   struct Workspace;
   struct Run;
 

@@ -29,6 +29,8 @@ from tests.reliability.house import ask, connect, request_bytes, send, status_of
 from gyrfalcon.testing.server import ServerProcess, running_server
 
 PROMPTS = ("Return the number of", "x", "def add(a, b):\n    " * 12, "The falcon " * 60, "北京 déjà vu")
+# What a mutation puts in.
+TOKENS = (b"\\ud800", b"NaN", b"1e999", b"[[", b'"', b"{}", b"null", b"\xff", b"-0")
 Figures = dict[str, Any]
 
 
@@ -43,7 +45,7 @@ class Call:
 
 def calls() -> list[Call]:
     """Mixed traffic: all dialects, greedy, sampled, searched, long and short, streamed and whole."""
-    made = []
+    made, greedy = [], {"do_sample": False}
     for number, prompt in enumerate(PROMPTS):
         short, long = {"max_new_tokens": 5}, {"max_new_tokens": 60 + 20 * number}
         sampled = {"do_sample": True, "seed": number, "temperature": 0.8, "top_p": 0.9, "details": True}
@@ -54,15 +56,17 @@ def calls() -> list[Call]:
             Call("/generate_stream", {"inputs": prompt, "parameters": long | sampled | {"top_n_tokens": 3}}),
             Call("/", {"inputs": prompt, "stream": True, "parameters": short}),
             Call("/generate", {"inputs": prompt, "parameters": long | {"best_of": 2, "do_sample": True}}, False),
-            Call("/chat", {"prompt": prompt, "generate_kwargs": short}),
-            Call("/chat", {"prompt": prompt, "stream": True, "generate_kwargs": long}),
-            Call("/chat", {"prompt": prompt, "generate_kwargs": {"max_new_tokens": 20, "num_beams": 3}}),
+            # This dialect samples unless told otherwise.
+            Call("/chat", {"prompt": prompt, "generate_kwargs": short | {"seed": 3}}),
+            Call("/chat", {"prompt": prompt, "stream": True, "generate_kwargs": long | greedy}),
+            Call("/chat", {"prompt": prompt, "generate_kwargs": {"max_new_tokens": 20, "num_beams": 3} | greedy}),
             Call(
                 "/chat",
                 {
                     "prompt": prompt,
                     "generate_kwargs": short
-                    | {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "num_return_sequences": 2},
+                    | {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "num_return_sequences": 2}
+                    | greedy,
                 },
             ),
             Call("/vertex", {"instances": [{"inputs": prompt, "parameters": short}] * 2}),
@@ -95,10 +99,8 @@ class Watched:
 
     async def metrics(self) -> dict[str, float]:
         lines = payload(await ask(self.port, "/metrics", method="GET")).decode().splitlines()
-        return {
-            name: float(value)
-            for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))
-        }
+        pairs = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, _, value in pairs}
 
     async def is_idle(self) -> bool:
         found = await self.metrics()
@@ -383,9 +385,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
             case 2:
                 changed[at:at] = changed[at : at + chance.randrange(1, 50)] * chance.randrange(1, 10)
             case 3:
-                changed[at:at] = chance.choice(
-                    (b"\\ud800", b"NaN", b"1e999", b"[[", b'"', b"{}", b"null", b"\xff", b"-0")
-                )
+                changed[at:at] = chance.choice(TOKENS)
             case _:
                 changed = changed[:at]
     return bytes(changed)
@@ -415,7 +415,7 @@ def main() -> int:
         options += ["--max-concurrent-requests", str(arguments.capacity), "--max-connections", "20000"]
     with running_server(*options) as process:
         figures, is_right = asyncio.run(TRIALS[arguments.trial](Watched(process), arguments))
-    print(json.dumps({"trial": arguments.trial, **figures, "ok": is_right}))
+    sys.stdout.write(json.dumps({"trial": arguments.trial, **figures, "ok": is_right}) + "\n")
     return 0 if is_right else 1
 
 
