@@ -230,11 +230,13 @@ def _run(command: list[str], source: Path | None = None) -> str:
 
 def sanitized_environment() -> dict[str, str]:
     """Variables with which Python runs the library with sanitizers, once that is built."""
-    found = _run([*_compiler(), "-print-file-name=libasan.so"]).strip()
-    if not Path(found).is_absolute():  # the name alone: it is not there
-        raise NotPossible(f"{_compiler()[0]} has no libasan.so, which sanitizers need")
+    # Python itself is built without. The C++ library is named too, or PyTorch's exceptions would pass unseen and fail.
+    preloaded = [_run([*_compiler(), f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")]
+    for found in preloaded:
+        if not Path(found).is_absolute():  # the name alone: it is not there
+            raise NotPossible(f"{_compiler()[0]} has no {found}, which sanitizers need")
     return {
-        "LD_PRELOAD": found,  # Python itself is built without
+        "LD_PRELOAD": ":".join(preloaded),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little when it ends
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "GYRFALCON_CPU_LIBRARY": str(SANITIZED_LIBRARY),

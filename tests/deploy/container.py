@@ -39,6 +39,8 @@ def contained(
         "set -e",
         f"mount -t tmpfs tmpfs {root}",
         f"mkdir -p {root}/proc {root}/dev {root}/tmp",
+        # Before what is mounted below: a folder of `readable` may lie in /tmp.
+        f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp",
         f"mount --rbind /proc {root}/proc",
         f"mount --rbind /dev {root}/dev",
         # Not the machine's: without a mount of its own a container has none.
@@ -52,14 +54,9 @@ def contained(
     variables = " ".join(shlex.quote(f"{name}={value}") for name, value in environ.items())
     limits = f"--reuid {user} --regid {user} --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all"
     lines += [
-        # /tmp comes last and holds no folder of `readable`, unless one lies below it.
         f"mount -o remount,ro {root}",
         f"exec chroot {root} setpriv {limits} env -i {variables} {shlex.join(command)}",
     ]
-    if any(str(path).startswith("/tmp/") for path in readable):
-        lines.insert(lines.index(f"mount -o remount,ro {root}"), f"chmod 1777 {root}/tmp")
-    else:
-        lines.insert(lines.index(f"mount -o remount,ro {root}"), f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp")
     return ["unshare", "--mount", "sh", "-c", "\n".join(lines)]
 
 

@@ -16,6 +16,7 @@ from tools.deploy_files import CHART, NAME, all_files, base_plan, overlays, plan
 
 from gyrfalcon.deploy import objects
 from gyrfalcon.deploy.bundle import helm_values
+from gyrfalcon.metrics import Metrics
 from gyrfalcon.presets import catalogue
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -144,6 +145,12 @@ def test_the_charts_free_places_are_in_effect() -> None:
     assert server["args"][-2:] == ["--max-best-of", "2"]
     assert server["env"][-1]["value"] == "debug"
     assert pod["volumes"][-1]["ephemeral"]["volumeClaimTemplate"]["spec"]["storageClassName"] == "fast"
+
+
+def test_replicas_follow_a_metric_that_the_server_exports() -> None:
+    metrics = Metrics()
+    metrics.watch_engines(dict)
+    assert f"\n{objects.QUEUE_METRIC} ".encode() in metrics.render()
 
 
 def test_every_manifest_can_drain_within_its_grace_period_and_start_within_half_an_hour() -> None:

@@ -197,6 +197,19 @@ def check_it_serves(server: ServerProcess) -> None:
 
 
 @needs_root
+def test_nothing_in_a_contained_tree_can_be_written_but_tmp(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    tried = (
+        "for place in / /usr /etc /proc/sys /dev/shm /tmp; do touch $place/x 2>/dev/null && echo $place; done; id -u"
+    )
+    line = contained(
+        ["sh", "-c", tried], environ={"PATH": "/usr/bin:/bin"}, root=tmp_path / "root", readable=[], shared_memory=False
+    )
+    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()
+    assert said == ["/tmp", "10001"]
+
+
+@needs_root
 @pytest.mark.parametrize("shared_memory", [True, False], ids=["", "without-shared-memory"])
 def test_the_server_starts_with_the_manifests_user_arguments_and_read_only_tree(
     tmp_path: Path, shared_memory: bool
