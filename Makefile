@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Arguments for the command at hand: make serve ARGS="--port 9000", make test ARGS="-k scheduler".
 ARGS ?=
 
-.PHONY: serve native test sanitize clients lint format types imports bench constraints wheel clean
+.PHONY: serve native test sanitize clients reliability lint format types imports bench constraints wheel clean
 
 # A few cores shared with other work are used best when each test stays on one of them.
 test sanitize clients: export OMP_NUM_THREADS ?= 1
@@ -29,6 +29,17 @@ sanitize: $(READY) native
 clients: $(READY) native
 	$(BIN)/python tools/client_environments.py
 	GYRFALCON_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -q tests/clients $(ARGS)
+
+# The long trials of docs/reliability.md, about an hour and a half; SECONDS=20 COUNT=300 makes a short form of them.
+SECONDS ?= 1800
+COUNT ?= 10000
+reliability: $(READY) native
+	$(BIN)/python -m pytest -q tests/reliability
+	$(BIN)/python -m tests.reliability.campaign soak --seconds $(SECONDS)
+	$(BIN)/python -m tests.reliability.campaign overload --seconds $(shell expr $(SECONDS) / 30 + 5)
+	$(BIN)/python -m tests.reliability.campaign disconnects --count $(COUNT)
+	$(BIN)/python -m tests.reliability.campaign crowd --count 200
+	$(BIN)/python -m tests.reliability.campaign fuzz --seconds $(SECONDS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

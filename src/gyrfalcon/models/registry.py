@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from gyrfalcon.layers.alibi import alibi_slopes
 from gyrfalcon.layers.linear import Linear
 from gyrfalcon.layers.norm import Norm
 from gyrfalcon.layers.rotary import frequencies, stretch_slow_frequencies
+from gyrfalcon.memory import free_bytes
 from gyrfalcon.models import falcon, llama
 from gyrfalcon.models.decoder import Block, CausalLM, Decoder
 from gyrfalcon.models.quantisation import check_request, read_format
@@ -113,7 +113,7 @@ def _free_bytes(device: torch.device) -> int:
     """Memory to be had now. Without this check the system would end the process instead of refusing the memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return free_bytes()
 
 
 def _load_decoder(spec: ModelSpec, weights: WeightReader, ops: Ops, packed: PackedPlace | None) -> FusedDecoder:

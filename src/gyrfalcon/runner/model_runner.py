@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-from gyrfalcon.errors import OutOfCache
+from gyrfalcon.footprint import num_cache_blocks
 from gyrfalcon.kernels.cpu.threads import choose_num_threads
 from gyrfalcon.kernels.select import select_ops
+from gyrfalcon.memory import free_bytes
 from gyrfalcon.models.decoder import CausalLM
 from gyrfalcon.models.registry import load_model
 from gyrfalcon.runner.batch import ForwardBatch, make_batch
@@ -146,8 +146,7 @@ def load_runner(
     num_threads: on CPU; None for what fits the model. keeps_packed: whether packed weights are kept for the next start;
     packed_directory: there, or None for beside the checkpoint, else in the user's cache.
 
-    The cache's size is, in this order: `cache_tokens`; `cache_bytes`; as much as `max_rows` sequences of the longest
-    length could ever use, but at most `cache_fraction` of the device's free memory. Raises ModelLoadError, OutOfCache.
+    The other arguments are those of `footprint.num_cache_blocks`. Raises ModelLoadError, OutOfCache.
     """
     ops = select_ops(device, block_size=block_size, num_threads=num_threads)
     model = load_model(
@@ -162,25 +161,24 @@ def load_runner(
     )
     if device == "cpu":
         torch.set_num_threads(choose_num_threads(num_threads, model.weight_bytes))
-    block_bytes = cache_shape(model, block_size).block_bytes
-    free_bytes = _free_bytes(device)
-    if cache_tokens is not None:
-        num_usable = -(-cache_tokens // block_size)
-    elif cache_bytes is not None:
-        num_usable = cache_bytes // block_bytes
-    else:
-        longest = min(max_total_tokens or model.spec.max_context, model.spec.max_context)
-        num_usable = min(max_rows * -(-longest // block_size), int(free_bytes * cache_fraction) // block_bytes)
-    if num_usable < 1 or num_usable * block_bytes > free_bytes:
-        raise OutOfCache(
-            f"a KV cache of {num_usable} blocks of {block_bytes} bytes does not fit: {free_bytes} bytes are free on "
-            f"{device}; set --kv-cache-memory or --max-batch-total-tokens to what the machine has"
-        )
-    logger.info("kv cache: %d blocks of %d tokens, %.1f MiB", num_usable, block_size, num_usable * block_bytes / 2**20)
-    return ModelRunner(model, device, num_blocks=num_usable + 1, block_size=block_size)
+    num_blocks = num_cache_blocks(
+        model.spec,
+        dtype=str(model.cache_dtype).removeprefix("torch."),
+        block_size=block_size,
+        free_bytes=_free_bytes(device),
+        where=device,
+        max_rows=max_rows,
+        max_total_tokens=max_total_tokens,
+        cache_tokens=cache_tokens,
+        cache_bytes=cache_bytes,
+        cache_fraction=cache_fraction,
+    )
+    runner = ModelRunner(model, device, num_blocks=num_blocks + 1, block_size=block_size)
+    logger.info("kv cache: %d blocks of %d tokens, %.1f MiB", num_blocks, block_size, runner.facts.cache_bytes / 2**20)
+    return runner
 
 
 def _free_bytes(device: str) -> int:
     if device == "cpu":
-        return int(psutil.virtual_memory().available)
+        return free_bytes()
     return int(torch.cuda.mem_get_info()[0])
