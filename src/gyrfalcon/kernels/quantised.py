@@ -41,6 +41,9 @@ class CodeFormat:
     bits: int
     group: int = 0
 
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f"-{self.group}" if self.group else "")
+
     def quantise(self, weight_OI: Tensor) -> QuantisedMatrix:
         return quantise_int8(weight_OI) if self.bits == 8 else quantise_int4(weight_OI, self.group)
 

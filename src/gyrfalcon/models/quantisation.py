@@ -51,6 +51,9 @@ class StoredFormat:
     zero_offset: int = 0  # what stored zeros lack: 1 in the first GPTQ format
     is_per_tensor: bool = False  # one scale for the whole matrix
 
+    def __str__(self) -> str:
+        return f"{self.method}-{self.bits}-{self.group}"
+
     @property
     def marker(self) -> str:
         """The part that shows a matrix to be quantised."""

@@ -83,7 +83,7 @@ def load_model(
         raise no_room
     weights = WeightReader(checkpoint, _DTYPES[chosen], place, on_progress, form)
     try:
-        facts = {"dtype": chosen, "codes": str(form or stored)}
+        facts = {"dtype": chosen, "codes": str(form or stored or "plain")}
         packed = PackedPlace(folder, facts, packed_directory) if keeps_packed else None
         decoder = _load_decoder(spec, weights, ops, packed)
     except (torch.OutOfMemoryError, MemoryError):
