@@ -17,6 +17,12 @@ constexpr size_t kChunkBytes = 256 << 10;
 // Pieces of a matrix for every thread while many rows are computed.
 constexpr int kPiecesPerThread = 4;
 
+// Panels of a task while many rows are computed: as many as the products keep in the second-level cache.
+constexpr int kMostPanels = 32;
+
+// Rows of a task of work that is done row by row.
+constexpr int kRowsOfTask = 32;
+
 constexpr size_t kAlignment = 64;
 
 float half_to_float(uint16_t half) {
@@ -153,10 +159,20 @@ struct Decoder::Run {
     const int by_thread = std::max(1, panels / (kPiecesPerThread * team.size()));
     const size_t bytes = panel_bytes(w.storage, w.width, w.group);
     const int by_bytes = std::max<int>(1, static_cast<int>(kChunkBytes / bytes));
-    int count = num_rows <= 16 ? std::min(by_thread, by_bytes) : std::min(by_thread, 16);
+    int count = num_rows <= 16 ? std::min(by_thread, by_bytes) : std::min(by_thread, kMostPanels);
     if (count > 4) count = count / 4 * 4;  // whole register blocks
     if (in_pairs || count > 1) count = std::max(2, count / 2 * 2);
     return count;
+  }
+
+  // Rows one by one where they are few, else in runs: neighbouring tokens write to the same lines of the cache, which
+  // two threads should not do in turns.
+  template <class Task>
+  void share_rows(int num_rows, const Task& task) const {
+    const int size = std::max(1, std::min(kRowsOfTask, num_rows / (kPiecesPerThread * team.size())));
+    team.share((num_rows + size - 1) / size, [&](int piece) {
+      for (int row = piece * size; row < std::min(num_rows, (piece + 1) * size); ++row) task(row);
+    });
   }
 
   struct Product {
@@ -256,7 +272,7 @@ void Decoder::forward(const Step& step, float* hidden) {
     float* const normed = run.own_row();
     const auto row_of = [](float* values, int64_t stride, int row) { return values + row * stride; };
 
-    team_.share(num_tokens, [&](int token) {
+    run.share_rows(num_tokens, [&](int token) {
       float* const x = row_of(stream, width, token);
       const int id = step.ids[token];
       for (int i = 0; i < width; ++i)
@@ -305,7 +321,7 @@ void Decoder::forward(const Step& step, float* hidden) {
         kernels_.prepare(normed, layer.up.order, mlp_x, token);
       };
 
-      team_.share(num_tokens, [&](int token) {
+      run.share_rows(num_tokens, [&](int token) {
         const float* const x = row_of(stream, width, token);
         run.normalise(layer.attention_norm, x, normed);
         kernels_.prepare(normed, layer.qkv.order, attention_x, token);
@@ -319,7 +335,7 @@ void Decoder::forward(const Step& step, float* hidden) {
       } else {
         run.multiply(&make_qkv, 1, num_tokens);
       }
-      team_.share(num_tokens, [&](int token) {
+      run.share_rows(num_tokens, [&](int token) {
         const int64_t angles = static_cast<int64_t>(token) * half_head;
         const int32_t* const table =
             step.batch.block_tables + static_cast<int64_t>(step.batch.token_rows[token]) * step.batch.table_width;
@@ -336,7 +352,7 @@ void Decoder::forward(const Step& step, float* hidden) {
                         attend_out.stride, attend_out.is_bf16, space.scratch[thread].get<uint8_t>(1));
       });
       if (!output_is_ready)
-        team_.share(num_tokens, [&](int token) {
+        run.share_rows(num_tokens, [&](int token) {
           kernels_.prepare(row_of(attended, query_width, token), layer.output.order, output_x, token);
         });
       if (is_parallel) {
@@ -344,19 +360,19 @@ void Decoder::forward(const Step& step, float* hidden) {
         continue;
       }
       run.multiply(&add_output, 1, num_tokens);
-      team_.share(num_tokens, [&](int token) {
+      run.share_rows(num_tokens, [&](int token) {
         run.normalise(layer.mlp_norm, row_of(stream, width, token), normed);
         prepare_mlp(token);
       });
       run.multiply(&make_up, 1, num_tokens);
       if (!down_is_ready)
-        team_.share(num_tokens, [&](int token) {
+        run.share_rows(num_tokens, [&](int token) {
           kernels_.prepare(row_of(expanded, ffn, token), layer.down.order, down_x, token);
         });
       run.multiply(&add_down, 1, num_tokens);
     }
 
-    team_.share(num_tokens, [&](int token) {
+    run.share_rows(num_tokens, [&](int token) {
       run.normalise(spec_.final_norm, row_of(stream, width, token), row_of(hidden, width, token));
     });
   });
@@ -369,7 +385,7 @@ void Decoder::logits(const float* hidden, int num_rows, float* logits) {
   for (Buffer& scratch : space.scratch) scratch.get<uint8_t>(kernels_.matmul_scratch_bytes(head, num_rows));
   team_.run([&](int thread) {
     const Run run(*this, thread);
-    team_.share(num_rows, [&](int row) {
+    run.share_rows(num_rows, [&](int row) {
       kernels_.prepare(hidden + static_cast<int64_t>(row) * spec_.hidden_size, head.order, x, row);
     });
     const Run::Product product{&head, &x, {logits, spec_.vocab_size, false, Finish::kStore}};

@@ -9,9 +9,9 @@
 namespace gyrfalcon {
 namespace {
 
-// How long a thread waits awake for the next job. The gap between two steps of a small model is shorter; waiting longer
-// would take the core from the process that serves HTTP.
-constexpr auto kAwake = std::chrono::microseconds(100);
+// How long a thread waits awake for the next job. The gap between two steps is shorter; to be woken takes about as long
+// as a layer of a small model, and all others would wait for it.
+constexpr auto kAwake = std::chrono::microseconds(1000);
 
 // Turns of waiting for the others before the core is offered to someone else: a few microseconds. The others are then
 // most likely not running at all.

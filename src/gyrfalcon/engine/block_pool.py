@@ -73,6 +73,10 @@ class BlockPool:
             self._key_of[block] = key
             self._block_of[key] = block
 
+    def withdraw(self, block: int) -> None:
+        """Make a block's prefix unfindable; who owns the block keeps it."""
+        self._forget(block)
+
     def find_prefix(self, keys: Iterable[bytes]) -> list[int]:
         """Blocks holding the longest published run of `keys` from the first on; not yet owned by the caller."""
         found: list[int] = []

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gyrfalcon.engine.beams import Proposals
-from gyrfalcon.engine.block_pool import BlockPool
+from gyrfalcon.engine.block_pool import PADDING_BLOCK, BlockPool
 from gyrfalcon.engine.branching import Draw, report_search, settle
 from gyrfalcon.engine.interface import EngineEvent, EngineFacts, EngineRequest, EngineStats, PromptEvent, StepReading
 from gyrfalcon.engine.plan import gather_plan, gather_samples, wave_draws
 from gyrfalcon.engine.scheduler import ScheduledRow, Scheduler
 from gyrfalcon.engine.sequence import SequenceGroup
-from gyrfalcon.errors import OutOfCache
+from gyrfalcon.errors import ModelLoadError, OutOfCache
 from gyrfalcon.runner.interface import NOT_FINITE, NOTHING_LEFT, Executor, SamplingColumns, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,20 @@ class EngineCore:
         self._accepted_tokens = 0
         self._last_step_s = 0.0
 
+    def warm_up(self) -> None:
+        """Run one token, outside of all bookkeeping, so that what cannot compute is found before anyone is served.
+
+        Raises ModelLoadError when the model's logits are not finite, and whatever the executor raises.
+        """
+        group = SequenceGroup(EngineRequest(request_id="warm-up", prompt_ids=(0,), max_new_tokens=1), 0.0, "")
+        group.sequences[0].blocks = [PADDING_BLOCK]  # whose content nobody ever uses
+        result = self._executor.execute(gather_plan([ScheduledRow(group, group.sequences[0], 1)]))
+        if NOT_FINITE in result.token_ids_S:
+            raise ModelLoadError(
+                "the model's logits after its first token are not finite numbers: its weights are damaged, or "
+                f"too large for {self.facts.dtype} (--dtype)"
+            )
+
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
@@ -132,25 +146,22 @@ class EngineCore:
             num_admitted = _mark_started(rows, started_s)
             num_decode_rows = sum(row.is_decoding for row in rows)
             num_draft_tokens = sum(len(row.draft_ids) for row in rows)
-            plan = gather_plan(rows)
-            planned_s = self._clock()
-            result = self._execute(plan, rows, outcome)
-            executed_s = self._clock()
-            num_accepted_tokens = [] if result is None else self._commit(plan, rows, result, outcome)
+            scheduled_s = self._clock()
+            parts = self._run(rows, outcome)
             outcome.step = StepReading(
-                num_prefill_tokens=len(plan.token_ids_T) - num_decode_rows - num_draft_tokens,
+                num_prefill_tokens=sum(row.num_query_tokens for row in rows) - num_decode_rows,
                 num_decode_rows=num_decode_rows,
                 num_admitted=num_admitted,
-                has_succeeded=result is not None,
+                has_succeeded=len(parts) == 1 and parts[0].has_succeeded,
                 num_draft_tokens=num_draft_tokens,
-                num_accepted_tokens=tuple(num_accepted_tokens),
-                schedule_s=planned_s - started_s,
-                forward_s=executed_s - planned_s if result is None else result.forward_s,
-                sample_s=0.0 if result is None else result.sample_s,
-                commit_s=self._clock() - executed_s,
+                num_accepted_tokens=tuple(count for part in parts for count in part.num_accepted_tokens),
+                schedule_s=scheduled_s - started_s + sum(part.gather_s for part in parts),
+                forward_s=sum(part.forward_s for part in parts),
+                sample_s=sum(part.sample_s for part in parts),
+                commit_s=sum(part.commit_s for part in parts),
             )
             self._draft_tokens += num_draft_tokens
-            self._accepted_tokens += sum(num_accepted_tokens)
+            self._accepted_tokens += sum(outcome.step.num_accepted_tokens)
         self._num_steps += 1
         self._last_step_s = self._clock() - started_s
 
@@ -174,15 +185,43 @@ class EngineCore:
     def close(self) -> None:
         self._executor.close()
 
-    def _execute(self, plan: StepPlan, rows: list[ScheduledRow], outcome: StepOutcome) -> StepResult | None:
+    def _run(self, rows: list[ScheduledRow], outcome: StepOutcome) -> list[_Part]:
+        """Execute and commit the rows: together, and if that fails request by request, so that only its cause ends.
+
+        Running a row again writes the same keys and values to the same places, and its bits do not depend on its
+        neighbours, so those who go on do not notice. A step too large for the memory is done in parts in the same way.
+        """
+        part = self._run_part(rows, outcome)
+        if part.has_succeeded:
+            return [part]
+        by_group: dict[int, list[ScheduledRow]] = {}
+        for row in rows:
+            by_group.setdefault(id(row.group), []).append(row)
+        if len(by_group) == 1:
+            self._fail(rows[0].group, "the step that computed this request failed", outcome)
+            return [part]
+        parts = [part]
+        for own in by_group.values():
+            parts.append(self._run_part(own, outcome))
+            if not parts[-1].has_succeeded:
+                self._fail(own[0].group, "the step that computed this request failed", outcome)
+        return parts
+
+    def _run_part(self, rows: list[ScheduledRow], outcome: StepOutcome) -> _Part:
+        """Execute and commit rows as one plan; where that cannot be executed, nothing is committed."""
+        started_s = planned_s = self._clock()
         try:
-            return self._executor.execute(plan)
+            plan = gather_plan(rows)
+            planned_s = self._clock()
+            result = self._executor.execute(plan)
         except Exception:
-            # The device side cannot say which row is at fault, so the step's requests end and the loop lives on.
             logger.exception("a step of %d rows failed", len(rows))
-            for group in {id(row.group): row.group for row in rows}.values():
-                self._fail(group, "the step that computed this request failed", outcome)
-            return None
+            return _Part(planned_s - started_s, forward_s=self._clock() - planned_s)
+        executed_s = self._clock()
+        accepted = self._commit(plan, rows, result, outcome)
+        return _Part(
+            planned_s - started_s, result.forward_s, result.sample_s, self._clock() - executed_s, True, accepted
+        )
 
     def _commit(self, plan: StepPlan, rows: list[ScheduledRow], result: StepResult, outcome: StepOutcome) -> list[int]:
         """Append, fork, end and report as the step's draws say; of each draft, how many of its tokens were drawn."""
@@ -200,7 +239,12 @@ class EngineCore:
             if not reaches_end:
                 continue
             if group.search is None:
-                num_accepted = self._take_draws(row, samples[index], result, outcome)
+                try:
+                    num_accepted = self._take_draws(row, samples[index], result, outcome)
+                except Exception:
+                    logger.exception("the tokens of request %s could not be taken", group.request.request_id)
+                    self._fail(group, "the tokens drawn for this request could not be taken", outcome)
+                    continue
                 if len(row.draft_ids):
                     num_accepted_tokens.append(num_accepted)
             elif self._is_sound(group, result, samples.get(index, []), outcome):
@@ -270,11 +314,19 @@ class EngineCore:
                         self._fail(_group_of(rows), "the step that computed this request failed", outcome)
                     break
             for rows in taking_part:
-                self._take_wave(rows, wave, samples, result, outcome)
+                try:
+                    self._take_wave(rows, wave, samples, result, outcome)
+                except Exception:
+                    logger.exception("the search of request %s could not go on", _group_of(rows).request.request_id)
+                    self._fail(_group_of(rows), "the beams of this request could not be taken further", outcome)
             wave += 1
         for rows in searches:
             if self._is_live(rows):
-                self._continue_search(rows, outcome)
+                try:
+                    self._continue_search(rows, outcome)
+                except Exception:
+                    logger.exception("the search of request %s could not go on", _group_of(rows).request.request_id)
+                    self._fail(_group_of(rows), "the beams of this request could not be taken further", outcome)
 
     def _take_wave(
         self,
@@ -351,6 +403,7 @@ class EngineCore:
             outcome.finished.append(group.request.request_id)
 
     def _fail(self, group: SequenceGroup, message: str, outcome: StepOutcome) -> None:
+        self._scheduler.forget_prefixes(group)  # whatever went wrong may have left its traces there
         if self._drop(group):
             outcome.failures[group.request.request_id] = message
 
@@ -368,6 +421,18 @@ class EngineCore:
             return False
         self._scheduler.remove(group)
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """How the rows of a step that were executed together went."""
+
+    gather_s: float
+    forward_s: float
+    sample_s: float = 0.0
+    commit_s: float = 0.0
+    has_succeeded: bool = False
+    num_accepted_tokens: list[int] = field(default_factory=list)
 
 
 def _mark_started(rows: list[ScheduledRow], now_s: float) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable
 
 from gyrfalcon.engine.core import EngineCore, StepOutcome
 from gyrfalcon.engine.messages import Abort, Command, EndChoice, Report, Stop, Submit
+
+logger = logging.getLogger(__name__)
 
 
 def run_loop(core: EngineCore, inbox: queue.SimpleQueue[Command], report: Callable[[Report], None]) -> None:
@@ -40,7 +43,11 @@ def _take_commands(core: EngineCore, inbox: queue.SimpleQueue[Command], outcome:
         may_wait = False
         match command:
             case Submit(request):
-                core.submit(request, outcome)
+                try:
+                    core.submit(request, outcome)
+                except Exception:
+                    logger.exception("request %s could not be taken in", request.request_id)
+                    outcome.failures[request.request_id] = "the engine could not take this request in"
             case Abort(request_id):
                 core.abort(request_id)
             case EndChoice(request_id, choice):

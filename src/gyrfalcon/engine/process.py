@@ -75,7 +75,7 @@ class ProcessEngine:
         self._detail = "the engine is starting"
         self._facts: EngineFacts | None = None
         self._stats = EngineStats()
-        self._last_notice_s = time.monotonic()
+        self._silent_since_s: float | None = None  # since when the child owes a report; None when it owes none
         self._deaths: deque[float] = deque()
         self._process: BaseProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -121,8 +121,6 @@ class ProcessEngine:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineEvent], None]:
         if self._state is not EngineState.READY:
             raise EngineDead(self._detail)
-        if self._router.num_open == 0:
-            self._last_notice_s = time.monotonic()  # silence counts from when there is something to say
         async with aclosing(self._router.exchange(request, self._send)) as exchange:
             async for events in exchange:
                 yield events
@@ -135,9 +133,10 @@ class ProcessEngine:
         return msgspec.structs.replace(self._stats, peak_memory_bytes=_peak_memory_bytes(self.pid))
 
     async def health(self) -> EngineHealth:
-        silent_s = time.monotonic() - self._last_notice_s
-        if self._state is EngineState.READY and self._router.num_open and silent_s > STUCK_AFTER_S:
-            return EngineHealth(state=EngineState.STUCK, detail=f"no step has ended for {silent_s:.0f} s")
+        if self._state is EngineState.READY and self._silent_since_s is not None:
+            silent_s = time.monotonic() - self._silent_since_s
+            if silent_s > STUCK_AFTER_S:
+                return EngineHealth(state=EngineState.STUCK, detail=f"no step has ended for {silent_s:.0f} s")
         return EngineHealth(state=self._state, detail=self._detail)
 
     async def close(self) -> None:
@@ -157,6 +156,8 @@ class ProcessEngine:
         if self._writer is None or self._writer.is_closing():
             raise ConnectionResetError(self._detail)
         self._writer.write(_frame(command))
+        if self._silent_since_s is None:
+            self._silent_since_s = time.monotonic()  # every command is followed by a report, whoever still listens
 
     async def _spawn(self) -> asyncio.StreamReader:
         ours, theirs = socket.socketpair()
@@ -178,7 +179,7 @@ class ProcessEngine:
                 case Ready(facts):
                     self._facts = facts
                     self._state, self._detail = EngineState.READY, ""
-                    self._last_notice_s = time.monotonic()
+                    self._silent_since_s = None
                     return
                 case StartFailed(message):
                     raise ModelLoadError(message)
@@ -187,10 +188,10 @@ class ProcessEngine:
     async def _supervise(self, reader: asyncio.StreamReader) -> None:
         while True:
             async for notice in _notices(reader):
-                self._last_notice_s = time.monotonic()
                 if isinstance(notice, Report):
                     self._stats = notice.stats
                     self._router.deliver(notice)
+                    self._silent_since_s = time.monotonic() if self._router.awaits_events else None
                     if notice.step is not None:
                         self._on_step(notice.step)
             self._mark_dead(f"the engine process ended{await self._how_it_ended()}")

@@ -56,8 +56,9 @@ class EventRouter:
         self._mailboxes: dict[str, Mailbox] = {}
 
     @property
-    def num_open(self) -> int:
-        return len(self._mailboxes)
+    def awaits_events(self) -> bool:
+        """Whether a request's end has not come yet; one whose reader is slow may be over all the same."""
+        return any(not mailbox.is_finished for mailbox in self._mailboxes.values())
 
     async def exchange(
         self, request: EngineRequest, send: Callable[[Command], None]

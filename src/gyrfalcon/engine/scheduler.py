@@ -1,8 +1,9 @@
 """Who runs in the next step. One rule: every sequence's computed tokens catch up with its tokens, within a budget.
 
 Prefill, chunked prefill, decoding, prefix hits and resuming after preemption are all that one rule. Order of
-precedence is arrival: when blocks run out, a sequence may take them from those behind it, never from those before
-it, so the oldest always advances and nothing can wait in a circle. Drafts get what all of these leave over.
+precedence is admission, which is arrival but for a few small requests: when blocks run out, a sequence may take them
+from those behind it, never from those before it, so the oldest always advances and nothing can wait in a circle.
+Drafts get what all of these leave over.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from gyrfalcon.engine.block_pool import BlockPool
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
 from gyrfalcon.engine.speculation import least_chance
 from gyrfalcon.runner.interface import NO_IDS, Ints
+
+MOST_PREEMPTIONS = 4
+"""After so many a request comes back only where nothing can preempt it any more."""
+
+MOST_OVERTAKINGS = 8
+"""How often a request that does not fit yet is overtaken; also how many such are passed in search of one that fits."""
 
 
 @dataclass(slots=True)
@@ -58,8 +65,8 @@ class Scheduler:
         self._max_rows = max_rows
         self._max_draft_tokens = max_draft_tokens
         self._step_cost_tokens = step_cost_tokens
-        self._waiting: deque[SequenceGroup] = deque()  # in order of arrival; holds no blocks
-        self._running: list[SequenceGroup] = []  # in order of arrival; at least one sequence holds blocks
+        self._waiting: deque[SequenceGroup] = deque()  # those preempted, then by arrival; holds no blocks
+        self._running: list[SequenceGroup] = []  # in order of admission; at least one sequence holds blocks
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -82,6 +89,12 @@ class Scheduler:
             self._running.remove(group)
         elif group in self._waiting:
             self._waiting.remove(group)
+
+    def forget_prefixes(self, group: SequenceGroup) -> None:
+        """Let nobody reuse the blocks of a request that failed."""
+        for sequence in group.sequences:
+            for block in sequence.blocks:
+                self._pool.withdraw(block)
 
     def end_choice(self, group: SequenceGroup, choice: int) -> None:
         """A choice needs no more tokens; its sequence goes when no other choice shares it."""
@@ -117,19 +130,16 @@ class Scheduler:
         step = _Step(self._token_budget)
         for group in list(self._running):
             self._schedule_decoding(step, group)
+        if step.rows:
+            # Whoever decodes waits for the whole step, so what else is in it may at most double it.
+            step.budget = min(step.budget, self._step_cost_tokens + step.num_tokens)
         is_blocked = False
         for group in list(self._running):
             if step.budget > 0 and group in self._running:
                 is_blocked |= not self._schedule_catching_up(step, group)
         # Who was preempted comes back before anyone new takes the blocks it waits for.
-        while self._waiting and step.budget > 0 and not is_blocked:
-            group = self._waiting[0]
-            first = group.sequences[0]
-            if self._reserved_rows() + group.num_rows > self._max_rows or not self._admit(group, first):
-                break  # strictly first come, first served: nobody overtakes the one who does not fit
-            self._waiting.popleft()
-            self._running.append(group)
-            self._schedule_row(step, group, first, _most_catching_up(group, first))
+        if not is_blocked:
+            self._admit_waiting(step)
         if self._max_draft_tokens > 0:
             self._add_drafts(step)
         return list(step.rows.values())
@@ -202,6 +212,27 @@ class Scheduler:
             return False
         self._schedule_row(step, group, behind, _most_catching_up(group, behind))
         return True
+
+    def _admit_waiting(self, step: _Step) -> None:
+        """Let in who waits, first come, first served. One that does not fit yet is overtaken by a few that do.
+
+        Each overtaking is counted, and after the last one allowed all wait for it: it starves no longer than they run.
+        """
+        overtaken: list[SequenceGroup] = []
+        for group in list(self._waiting):
+            if step.budget <= 0:
+                return
+            first = group.sequences[0]
+            if self._reserved_rows() + group.num_rows <= self._max_rows and self._admit(group, first):
+                self._waiting.remove(group)
+                self._running.append(group)
+                self._schedule_row(step, group, first, _most_catching_up(group, first))
+                for one in overtaken:
+                    one.num_overtakings += 1
+            else:
+                overtaken.append(group)
+            if len(overtaken) == MOST_OVERTAKINGS or not all(_may_be_overtaken(one) for one in overtaken):
+                return
 
     def _schedule_row(self, step: _Step, group: SequenceGroup, sequence: Sequence, most_tokens: int) -> None:
         num_query_tokens = min(sequence.num_pending_tokens, step.budget, most_tokens)
@@ -283,6 +314,8 @@ class Scheduler:
 
     def _admit(self, group: SequenceGroup, sequence: Sequence) -> bool:
         """Give a sequence without blocks its reusable prefix, if all its tokens would fit beside what runs."""
+        if group.num_preemptions >= MOST_PREEMPTIONS and not self._is_safe(group):
+            return False
         pool = self._pool
         # A hit stops short of the last token: that one must run, or there are no logits to draw from.
         num_reusable = 0 if group.scores_prompt else (sequence.num_tokens - 1) // pool.block_size
@@ -302,6 +335,15 @@ class Scheduler:
         if group.started_s is None:
             group.num_cached_tokens = sequence.num_computed_tokens
         return True
+
+    def _is_safe(self, group: SequenceGroup) -> bool:
+        """Whether the group and all that run before it could grow to their longest side by side.
+
+        It is then never preempted again: those before it always find blocks, and nobody else may take its own.
+        """
+        position = self._running.index(group) if group in self._running else len(self._running)
+        before = sum(self._most_blocks(other) for other in self._running[:position])
+        return before + self._most_blocks(group) <= self._pool.num_usable
 
     def _preempt(self, step: _Step, group: SequenceGroup, sequence: Sequence) -> None:
         """Take a sequence's blocks; it will be computed again, and noise by position makes it draw the same.
@@ -355,6 +397,11 @@ class Scheduler:
         num_shared = len(request.prompt_ids) // self._pool.block_size
         longest = self._pool.num_blocks_for(len(request.prompt_ids) + request.max_new_tokens)
         return num_shared + group.num_rows * (longest - num_shared)
+
+
+def _may_be_overtaken(group: SequenceGroup) -> bool:
+    """Not once it has begun, nor for ever."""
+    return group.started_s is None and group.num_overtakings < MOST_OVERTAKINGS
 
 
 def _most_catching_up(group: SequenceGroup, sequence: Sequence) -> int:

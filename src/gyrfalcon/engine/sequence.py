@@ -95,6 +95,7 @@ class SequenceGroup:
     prompt_logprobs: list[float | None] | None = None  # collected so far, when asked for
     prompt_reported: bool = False
     num_preemptions: int = 0
+    num_overtakings: int = 0  # times a later request was admitted before it, as it did not fit
     search: Search | None = None  # of a request with beams; its choices are then the beams
     prompt_index: NgramIndex | None = None  # of a request that has been speculated on
 

@@ -29,4 +29,6 @@ class CoreRecipe:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         from gyrfalcon.launch.device import build_core
 
-        return build_core(self.settings, self.folder, on_progress)
+        core = build_core(self.settings, self.folder, on_progress)
+        core.warm_up()
+        return core

@@ -112,7 +112,7 @@ class Decoder:
 
 
 class CausalLM:
-    """A loaded model. Holds parameters and nothing of any request."""
+    """A loaded model. Holds parameters and nothing of any request. Callers switch gradients off."""
 
     def __init__(self, spec: ModelSpec, decoder: FusedDecoder, dtype: torch.dtype, device: torch.device) -> None:
         """decoder: `Decoder`, or what the device made of its parts. dtype: of weights that are not quantised."""
@@ -131,7 +131,6 @@ class CausalLM:
     def weight_bytes(self) -> int:
         return self._decoder.weight_bytes
 
-    @torch.inference_mode()
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
     ) -> Tensor:
@@ -141,12 +140,10 @@ class CausalLM:
         """
         return self._decoder.forward(ids_T, positions_T, inputs, caches)
 
-    @torch.inference_mode()
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Scores of every vocabulary entry: [S, V], float32."""
         return self._decoder.logits(hidden_SD)
 
-    @torch.inference_mode()
     def choose_greedy(self, logits_SV: Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Each row's likeliest token and its log-probability; -1 where there is none."""
         return self._decoder.choose_greedy(logits_SV)

@@ -56,7 +56,7 @@ def choose_or_propose(rows: RowLogits, columns: SamplingColumns, choose_greedy: 
         token_ids_S[plain_S] = ids_N[of_sample[plain_S]]
         logprobs_S[plain_S] = logprobs_N[of_sample[plain_S]]
         if plain_S.all():
-            return _result(token_ids_S, logprobs_S, [None] * num_samples, [None] * num_samples)
+            return _tokens_alone(token_ids_S, logprobs_S)
 
     scores_SV = rows.logits_NV[torch.from_numpy(of_sample).to(rows.logits_NV.device)]
     beams = np.flatnonzero(columns.num_candidates_S > 0)
@@ -83,6 +83,21 @@ def choose_or_propose(rows: RowLogits, columns: SamplingColumns, choose_greedy: 
         raw = rows.logits_NV[torch.from_numpy(of_sample[failed]).to(rows.logits_NV.device)]
         token_ids_S[failed[torch.isfinite(raw).all(dim=-1).cpu().numpy()]] = NOTHING_LEFT
     return _result(token_ids_S, logprobs_S, top, proposed)
+
+
+def _tokens_alone(token_ids_S: Ints, logprobs_S: Floats) -> StepResult:
+    """A result with nothing but a token for every sample."""
+    num_samples = len(token_ids_S)
+    none = ProposedTokens.none(num_samples)
+    return StepResult(
+        token_ids_S=token_ids_S,
+        logprobs_S=logprobs_S,
+        top_ids=none.ids,
+        top_logprobs=none.scores,
+        top_starts=none.starts,
+        scored_logprobs=none.scores,
+        proposed=none,
+    )
 
 
 def _result(

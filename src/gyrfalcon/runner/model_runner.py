@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gyrfalcon.faults import Fault, planned_fault
 from gyrfalcon.footprint import num_cache_blocks
 from gyrfalcon.kernels.cpu.threads import choose_num_threads
 from gyrfalcon.kernels.select import select_ops
@@ -32,9 +34,12 @@ SCORED_AT_ONCE = 64
 class ModelRunner:
     """An Executor over one model on one device."""
 
-    def __init__(self, model: CausalLM, device: str, *, num_blocks: int, block_size: int) -> None:
-        """num_blocks: of the cache, the padding block included."""
+    def __init__(
+        self, model: CausalLM, device: str, *, num_blocks: int, block_size: int, fault: Fault | None = None
+    ) -> None:
+        """num_blocks: of the cache, the padding block included. fault: what is to go wrong, in tests."""
         self._model = model
+        self._fault = fault
         self._device = device
         self._ops = select_ops(device)
         shape = cache_shape(model, block_size)
@@ -55,6 +60,8 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         started_s = time.perf_counter()
+        if self._fault is not None:
+            self._fault.strike(plan.token_ids_T)
         batch = make_batch(plan, self.facts.block_size, self._device)
         self._copy_blocks(batch)
         hidden_TD = self._model.forward(batch.ids_T, batch.positions_T, batch.attention, self._caches)
@@ -88,12 +95,16 @@ class ModelRunner:
         last_tokens_R = batch.attention.query_starts[1:] - 1
         drawn_S = last_tokens_R[plan.samples.rows_S] - plan.samples.tokens_back_S
         tokens_N = drawn_S
-        if len(plan.kept_rows) or (np.diff(drawn_S) <= 0).any():
+        if len(plan.kept_rows) or (drawn_S[1:] <= drawn_S[:-1]).any():
             tokens_N = np.union1d(drawn_S, last_tokens_R[plan.kept_rows])
         hidden_ND = hidden_TD
         if len(tokens_N) < len(hidden_TD):
             hidden_ND = hidden_TD[torch.from_numpy(tokens_N).to(self._device)]
-        return RowLogits(last_tokens_R, tokens_N, self._model.logits(hidden_ND), plan.token_ids_T[tokens_N])
+        logits_NV = self._model.logits(hidden_ND)
+        ids_N = plan.token_ids_T[tokens_N]
+        if self._fault is not None and (spoilt_N := self._fault.spoils(ids_N)).any():
+            logits_NV[torch.from_numpy(spoilt_N).to(self._device)] = torch.nan
+        return RowLogits(last_tokens_R, tokens_N, logits_NV, ids_N)
 
     def _score_prompts(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> Floats:
         """Log-probability of each scored id under the raw logits of the token before it; NaN where there is none."""
@@ -173,7 +184,9 @@ def load_runner(
         cache_bytes=cache_bytes,
         cache_fraction=cache_fraction,
     )
-    runner = ModelRunner(model, device, num_blocks=num_blocks + 1, block_size=block_size)
+    runner = ModelRunner(
+        model, device, num_blocks=num_blocks + 1, block_size=block_size, fault=planned_fault(os.environ)
+    )
     logger.info("kv cache: %d blocks of %d tokens, %.1f MiB", num_blocks, block_size, runner.facts.cache_bytes / 2**20)
     return runner
 

@@ -7,7 +7,7 @@ import os
 import torch
 
 # Below this a step is so short that threads wait for each other longer than they compute.
-ONE_THREAD_BYTES = 64 * 2**20
+ONE_THREAD_BYTES = 4 * 2**20
 
 
 def choose_num_threads(asked: int | None, weight_bytes: int) -> int:
