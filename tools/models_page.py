@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tools.deploy_files import plan, planned
-
 from gyrfalcon.deploy.plan import choose_instance
 from gyrfalcon.footprint import largest_batch, weight_bytes
 from gyrfalcon.presets import catalogue
+from tools.deploy_files import plan, planned
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = ("models.md", "fit.md")

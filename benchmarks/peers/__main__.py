@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
+
 from benchmarks.checkpoints import SHAPES
 from benchmarks.peers import engines, machine, workloads
 from benchmarks.peers.engines import HERE, VARIANTS, Places

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from benchmarks.peers import machine
 from benchmarks.peers.engines import Places, Variant, end_with_parent, environment_variables
 

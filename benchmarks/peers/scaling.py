@@ -26,7 +26,6 @@ from benchmarks.peers import machine
 from benchmarks.peers.engines import HERE
 from benchmarks.peers.http_load import percentile
 from benchmarks.peers.report import spread
-
 from gyrfalcon.config import Settings
 from gyrfalcon.engine.interface import EngineRequest, StepReading, TokenEvent
 from gyrfalcon.engine.local import LocalEngine

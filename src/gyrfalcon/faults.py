@@ -48,7 +48,7 @@ class Fault:
 
     def spoils(self, token_ids_N: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """After which of these tokens the logits are to be NaN."""
-        return (token_ids_N == self.token_id) & (self.kind == "logits:nan")
+        return np.equal(token_ids_N, self.token_id) & (self.kind == "logits:nan")
 
 
 def planned_fault(environ: Mapping[str, str]) -> Fault | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.clients.observation import CLIENTS_ARE_REQUIRED, SERVER_ARGUMENTS, Observe, Seen, call_with
-from tools.client_environments import is_ready, python_of
 
 from gyrfalcon.testing.server import ServerProcess, running_server
+from tests.clients.observation import CLIENTS_ARE_REQUIRED, SERVER_ARGUMENTS, Observe, Seen, call_with
+from tools.client_environments import is_ready, python_of
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.clients.relay import Relay, Sent
-
 from gyrfalcon.testing.server import Answer, ServerProcess
+from tests.clients.relay import Relay, Sent
 
 # Read and removed at import: the server refuses variables in its name that it does not know.
 CLIENTS_ARE_REQUIRED = os.environ.pop("GYRFALCON_REQUIRE_CLIENTS", "") == "1"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.clients.observation import CLIENTS_ARE_REQUIRED, KEY, PROMPT, generate
 
 from gyrfalcon.testing.server import Answer, ServerProcess
+from tests.clients.observation import CLIENTS_ARE_REQUIRED, KEY, PROMPT, generate
 
 # The calls of the two documents that the server implements, as they stand there.
 GENERATE = """{

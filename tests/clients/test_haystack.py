@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen
 
 

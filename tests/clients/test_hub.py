@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 import pytest
-from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen, plain
 
 from gyrfalcon.testing.server import ServerProcess
+from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen, plain
 
 
 # LangChain's environment holds the 1.x line.

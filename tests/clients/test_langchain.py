@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen, plain
 
 from gyrfalcon.testing.server import ServerProcess
+from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen, plain
 
 DEFAULTS = {
     "do_sample": False,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen, plain
 
 from gyrfalcon.testing.server import ServerProcess
+from tests.clients.observation import FULL, PROMPT, TOO_LONG, Observe, Seen, plain
 
 BOTH = pytest.mark.parametrize("suffix", ["", "_async"], ids=["sync", "async"])
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.deploy.go_template import render_chart
-from tests.deploy.kustomize import render
-from tests.deploy.schemas import validate
-from tools.deploy_files import CHART, NAME, all_files, base_plan, overlays, plan
 
 from gyrfalcon.deploy import objects
 from gyrfalcon.deploy.bundle import helm_values
 from gyrfalcon.metrics import Metrics
 from gyrfalcon.presets import catalogue
+from tests.deploy.go_template import render_chart
+from tests.deploy.kustomize import render
+from tests.deploy.schemas import validate
+from tools.deploy_files import CHART, NAME, all_files, base_plan, overlays, plan
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FILES = all_files()

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.deploy.container import can_contain, contained, interpreter_folders
-from tools.deploy_files import plan
 
 from gyrfalcon.deploy import objects
 from gyrfalcon.testing.server import ServerProcess, free_port
+from tests.deploy.container import can_contain, contained, interpreter_folders
+from tools.deploy_files import plan
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "deploy" / "images"

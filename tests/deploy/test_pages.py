@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tools.models_page import PAGES, with_tables
 from typer.testing import CliRunner
 
 from gyrfalcon.cli.main import app
+from tools.models_page import PAGES, with_tables
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {

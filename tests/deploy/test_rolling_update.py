@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.deploy.kubelet import Cluster, Pod
-from tools.deploy_files import plan
 
 from gyrfalcon.deploy import objects
 from gyrfalcon.testing.server import free_port
+from tests.deploy.kubelet import Cluster, Pod
+from tools.deploy_files import plan
 
 NUM_CLIENTS = 6
 PROMPT = "Return the number of"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tools.tgi_transcripts import SERVER_ARGUMENTS, differences, exchange, load, transcripts
 
 from gyrfalcon.testing.server import ServerProcess, running_server
+from tools.tgi_transcripts import SERVER_ARGUMENTS, differences, exchange, load, transcripts
 
 ANSWER = {"status": 200, "headers": {"x-total-time": None}, "body": {"logprob": -1.25, "seed": 7, "tokens": [1, 2]}}
 

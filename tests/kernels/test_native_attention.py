@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from gyrfalcon.kernels.cpu.structures import CBatch, CCache
+from gyrfalcon.layers.alibi import alibi_slopes
 from tests.kernels.native import (
     Array,
     CAttentionShape,
@@ -29,9 +32,6 @@ from tests.kernels.native import (
     table,
     to_bf16,
 )
-
-from gyrfalcon.kernels.cpu.structures import CBatch, CCache
-from gyrfalcon.layers.alibi import alibi_slopes
 
 pytestmark = needs_kernels
 __all__ = ["random"]

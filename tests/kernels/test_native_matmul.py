@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from gyrfalcon.kernels.cpu.structures import Storage
+from gyrfalcon.kernels.quantised import QuantisedMatrix, product, quantise_int4, quantise_int8
 from tests.kernels.native import (
     Array,
     Finish,
@@ -31,9 +34,6 @@ from tests.kernels.native import (
     table,
     to_bf16,
 )
-
-from gyrfalcon.kernels.cpu.structures import Storage
-from gyrfalcon.kernels.quantised import QuantisedMatrix, product, quantise_int4, quantise_int8
 
 pytestmark = needs_kernels
 __all__ = ["random"]

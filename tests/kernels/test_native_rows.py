@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from gyrfalcon.kernels.cpu.structures import CCache, Storage
+from gyrfalcon.kernels.reference import ReferenceOps
 from tests.kernels.native import (
     Array,
     CAttentionShape,
@@ -27,9 +30,6 @@ from tests.kernels.native import (
     table,
     to_bf16,
 )
-
-from gyrfalcon.kernels.cpu.structures import CCache, Storage
-from gyrfalcon.kernels.reference import ReferenceOps
 
 pytestmark = needs_kernels
 __all__ = ["random"]

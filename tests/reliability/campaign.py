@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-from tests.reliability import bad_inputs
-from tests.reliability.house import ask, connect, request_bytes, send, status_of
 
 from gyrfalcon.testing.server import ServerProcess, running_server
+from tests.reliability import bad_inputs
+from tests.reliability.house import ask, connect, request_bytes, send, status_of
 
 PROMPTS = ("Return the number of", "x", "def add(a, b):\n    " * 12, "The falcon " * 60, "北京 déjà vu")
 # What a mutation puts in.

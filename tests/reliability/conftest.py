@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from tests.reliability.house import House, open_house
 
 from gyrfalcon.http.app import create_app
 from gyrfalcon.http.keys import KeyStore
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.text import text_service, write_tokenizer
+from tests.reliability.house import House, open_house
 
 OpenHouse = Callable[..., AbstractAsyncContextManager[House]]
 MakeClient = Callable[..., TestClient]

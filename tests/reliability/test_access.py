@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 import pytest
 from starlette.testclient import TestClient
-from tests.reliability.house import ask, body_of, status_of, until
 
 from gyrfalcon.engine.core import CoreLimits, EngineCore, StepOutcome
 from gyrfalcon.engine.interface import EngineRequest
@@ -35,6 +34,7 @@ from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.executor import FakeExecutor
 from gyrfalcon.testing.server import free_port, running_server, starting_server
 from gyrfalcon.testing.text import text_service
+from tests.reliability.house import ask, body_of, status_of, until
 
 from .conftest import MakeClient, OpenHouse
 

@@ -14,9 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
-from tests.reliability import bad_inputs
-from tests.reliability.bad_inputs import GOOD, RAW, Row
-from tests.reliability.house import send, status_of
 
 from gyrfalcon.errors import UnknownModel
 from gyrfalcon.http.app import create_app
@@ -29,6 +26,9 @@ from gyrfalcon.service.models import ModelTable, load_served_model
 from gyrfalcon.service.validation import resolve_limits
 from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.text import text_service, write_tokenizer
+from tests.reliability import bad_inputs
+from tests.reliability.bad_inputs import GOOD, RAW, Row
+from tests.reliability.house import send, status_of
 
 from .conftest import MakeClient, OpenHouse
 

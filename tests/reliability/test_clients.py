@@ -10,6 +10,9 @@ import time
 from typing import Any
 
 import pytest
+
+from gyrfalcon.http.connections import ConnectionLimits
+from gyrfalcon.testing.engine import FakeEngine
 from tests.reliability.house import (
     House,
     ask,
@@ -20,9 +23,6 @@ from tests.reliability.house import (
     status_of,
     until,
 )
-
-from gyrfalcon.http.connections import ConnectionLimits
-from gyrfalcon.testing.engine import FakeEngine
 
 from .conftest import OpenHouse
 

@@ -9,11 +9,11 @@ import time
 from typing import Any
 
 import pytest
-from tests.reliability.house import ask, body_of, status_of, until
 
 from gyrfalcon.http import tgi, wire
 from gyrfalcon.service.tokenizer import TextTokenizer
 from gyrfalcon.testing.engine import FakeEngine
+from tests.reliability.house import ask, body_of, status_of, until
 
 from .conftest import OpenHouse
 

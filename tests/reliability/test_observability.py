@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from tests.reliability.house import ask, body_of, status_of
 
 from gyrfalcon.engine.interface import EngineState
 from gyrfalcon.http.app import create_app
@@ -19,6 +18,7 @@ from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.metrics import ABORTS, CUTS, REJECTIONS
 from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.text import text_service
+from tests.reliability.house import ask, body_of, status_of
 
 from .conftest import MakeClient, OpenHouse
 

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from benchmarks.footprint import Case, measure
 
+from benchmarks.footprint import Case, measure
 from gyrfalcon.errors import OutOfCache, SettingsError
 from gyrfalcon.footprint import (
     DEFAULT_CONTEXT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from gyrfalcon.cli.launcher_options import unheeded_by_serve
 from gyrfalcon.config import Settings
@@ -38,8 +39,14 @@ def run_server(settings: Settings) -> None:
     from gyrfalcon.service.interface import ModelInfo
 
     def announce(model: ModelInfo) -> None:
-        if not settings.json_output:  # a log collector wants lines; the resolved settings are in the log
+        if settings.json_output:
+            return  # a log collector wants lines; the resolved settings are in the log
+        try:
             print(render_banner(settings, model), flush=True)
+        except OSError as error:  # a full disk is no reason not to serve
+            logger.warning("the banner cannot be shown: %s", error.strerror)
+            # What is left in the buffer would fail once more at the end, and change the exit status.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     with claim(settings.host, settings.port) as listener, LoadingProgress() as progress:
         serving.serve(settings, listener=listener, on_progress=progress, on_ready=announce)

@@ -160,6 +160,9 @@ class EngineCore:
                 sample_s=sum(part.sample_s for part in parts),
                 commit_s=sum(part.commit_s for part in parts),
             )
+            if outcome.step.has_succeeded:
+                num_others = outcome.step.num_prefill_tokens + num_draft_tokens
+                self._scheduler.pace.observe(num_decode_rows, num_others, parts[0].forward_s + parts[0].sample_s)
             self._draft_tokens += num_draft_tokens
             self._accepted_tokens += sum(outcome.step.num_accepted_tokens)
         self._num_steps += 1

@@ -214,7 +214,7 @@ class ProcessEngine:
                 self._on_give_up()
                 return None
             await self._end_child()
-            await asyncio.sleep(min(2.0 ** (len(self._deaths) - 1), LONGEST_BACKOFF_S))
+            await asyncio.sleep(_backoff_s(len(self._deaths)))
             self._state, self._detail = EngineState.STARTING, "the engine is restarting"
             try:
                 reader = await self._spawn()
@@ -253,6 +253,11 @@ class ProcessEngine:
         if process.is_alive():
             process.kill()
             await asyncio.to_thread(process.join)
+
+
+def _backoff_s(num_deaths: int) -> float:
+    """How long to wait before the next start."""
+    return min(2.0 ** (num_deaths - 1), LONGEST_BACKOFF_S)
 
 
 def _peak_memory_bytes(pid: int | None) -> int:

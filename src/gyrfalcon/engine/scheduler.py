@@ -12,6 +12,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from gyrfalcon.engine.block_pool import BlockPool
+from gyrfalcon.engine.pace import Pace
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
 from gyrfalcon.engine.speculation import least_chance
 from gyrfalcon.runner.interface import NO_IDS, Ints
@@ -65,6 +66,7 @@ class Scheduler:
         self._max_rows = max_rows
         self._max_draft_tokens = max_draft_tokens
         self._step_cost_tokens = step_cost_tokens
+        self.pace = Pace(step_cost_tokens, token_budget)
         self._waiting: deque[SequenceGroup] = deque()  # those preempted, then by arrival; holds no blocks
         self._running: list[SequenceGroup] = []  # in order of admission; at least one sequence holds blocks
         self.num_preemptions = 0
@@ -132,7 +134,7 @@ class Scheduler:
             self._schedule_decoding(step, group)
         if step.rows:
             # Whoever decodes waits for the whole step, so what else is in it may at most double it.
-            step.budget = min(step.budget, self._step_cost_tokens + step.num_tokens)
+            step.budget = min(step.budget, self.pace.num_tokens + step.num_tokens)
         is_blocked = False
         for group in list(self._running):
             if step.budget > 0 and group in self._running:

@@ -16,6 +16,7 @@ from gyrfalcon.errors import SettingsError
 TYPED: dict[str, tuple[str | None, object]] = {
     "model": ("falcon-7b", "falcon-7b"),
     "revision": ("main", "main"),
+    "packed_cache": ("off", "off"),
     "dtype": ("float32", "float32"),
     "quantize": ("int8", "int8"),
     "device": ("cpu", "cpu"),

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.deploy.schemas import validate
 from typer.testing import CliRunner
 
 from gyrfalcon.cli.main import app
 from gyrfalcon.deploy.plan import name_of
 from gyrfalcon.errors import GyrfalconError
 from gyrfalcon.presets import bundled_folder
+from tests.deploy.schemas import validate
 
 
 def k8s(*arguments: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import typer
-from tools.launcher_page import KAITO_PAGE, with_tables
 from typer.testing import CliRunner
 
 from gyrfalcon import __version__
@@ -23,6 +22,7 @@ from gyrfalcon.cli.kaito_options import KAITO_OPTIONS
 from gyrfalcon.cli.launch_plan import LaunchPlan
 from gyrfalcon.config import OPTIONS, Settings
 from gyrfalcon.errors import SettingsError
+from tools.launcher_page import KAITO_PAGE, with_tables
 
 # For every option of the service, but the model: a text that asks for something, and for an honoured one the setting
 # that it makes.

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import typer
-from tools.launcher_page import LAUNCHER_PAGE, with_tables
 from typer.testing import CliRunner
 
 from gyrfalcon import __version__
@@ -22,6 +21,7 @@ from gyrfalcon.cli.launcher import launcher, launcher_command, plan_launch, show
 from gyrfalcon.cli.launcher_options import LAUNCHER_OPTIONS, find_given, unheeded_by_serve
 from gyrfalcon.config import OPTIONS, Settings
 from gyrfalcon.errors import SettingsError
+from tools.launcher_page import LAUNCHER_PAGE, with_tables
 
 # For every flag of text-generation-launcher: a text that asks for something and the value it spells. True: a switch,
 # alone on the command line and `true` in its variable.

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from tools.dialect_page import MARK, PAGE, with_tables
-
 from gyrfalcon.http.tgi_render import BODY_ERROR_TYPES
+from tools.dialect_page import MARK, PAGE, with_tables
 
 
 def test_the_page_and_the_code_agree() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.models.packed_checkpoints import awq, compressed, gptq
 
 from gyrfalcon.errors import ModelLoadError, SettingsError
 from gyrfalcon.models.quantisation import StoredFormat, check_request, read_format
+from tests.unit.models.packed_checkpoints import awq, compressed, gptq
 
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 AWQ_OLD = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}

@@ -11,17 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.models.packed_checkpoints import (
-    Recipe,
-    awq,
-    compressed,
-    gptq,
-    store_codes,
-    write_awq,
-    write_gptq,
-    write_packed,
-    write_plain,
-)
 from torch import Tensor
 
 from gyrfalcon.errors import ModelLoadError, SettingsError
@@ -34,6 +23,17 @@ from gyrfalcon.models.registry import load_model
 from gyrfalcon.models.spec import read_spec
 from gyrfalcon.models.weights import WeightReader, open_checkpoint
 from gyrfalcon.testing.paged import PagedRows
+from tests.unit.models.packed_checkpoints import (
+    Recipe,
+    awq,
+    compressed,
+    gptq,
+    store_codes,
+    write_awq,
+    write_gptq,
+    write_packed,
+    write_plain,
+)
 
 Folders = Callable[[str], Path]
 LAYER = "model.layers.1"

@@ -1,0 +1,42 @@
+"""How much may run beside what decodes: learnt from the time that steps take."""
+
+from __future__ import annotations
+
+import pytest
+
+from gyrfalcon.engine.pace import MOST_SLOWDOWN, Pace
+
+
+def slowdown_after(step_cost: float, num_decoding: int, num_steps: int = 60) -> tuple[Pace, float]:
+    """Of a device whose steps cost `step_cost` tokens besides their own, after so many steps beside a long prompt."""
+    pace, slowdown = Pace(8, 512), 0.0
+    for _ in range(20):
+        pace.observe(num_decoding, 0, step_cost + num_decoding)
+    for _ in range(num_steps):
+        num_others = pace.num_tokens + num_decoding
+        slowdown = (step_cost + num_decoding + num_others) / (step_cost + num_decoding)
+        pace.observe(num_decoding, num_others, step_cost + num_decoding + num_others)
+    return pace, slowdown
+
+
+@pytest.mark.parametrize("num_decoding", [1, 8, 32])
+@pytest.mark.parametrize("step_cost", [12.0, 50.0, 300.0])
+def test_the_allowance_becomes_what_doubles_a_step(step_cost: float, num_decoding: int) -> None:
+    pace, slowdown = slowdown_after(step_cost, num_decoding)
+    assert 1.5 < slowdown < MOST_SLOWDOWN * 1.25
+    assert 0.5 * step_cost < pace.num_tokens < 1.5 * step_cost
+
+
+def test_it_never_falls_below_what_it_began_with_nor_rises_above_the_budget() -> None:
+    assert slowdown_after(1.0, 4)[0].num_tokens == 8
+    assert slowdown_after(10_000.0, 4)[0].num_tokens == 512
+
+
+def test_nothing_is_learnt_from_steps_that_did_not_need_the_allowance_or_had_nobody_waiting() -> None:
+    pace = Pace(8, 512)
+    pace.observe(1, 0, 1.0)
+    for _ in range(50):
+        pace.observe(1, 3, 1.0)
+        pace.observe(0, 400, 1.0)
+        pace.observe(1, 400, 0.0)
+    assert pace.num_tokens == 8
