@@ -142,17 +142,16 @@ def test_7_1_every_order_of_events_keeps_the_books() -> None:
 def test_4_3_nobody_is_preempted_more_than_four_times_and_all_end_with_their_own_tokens() -> None:
     # Many that grow far in a cache for little more than one of them: each would be thrown out over and over.
     core = EngineCore(
-        FakeExecutor(num_blocks=36, block_size=2), CoreLimits(token_budget=16, max_rows=8, step_cost_tokens=16)
+        FakeExecutor(num_blocks=95, block_size=1), CoreLimits(token_budget=64, max_rows=16, step_cost_tokens=64)
     )
     run = Collector(core)
-    wanted = [request(str(n), 2, 60) for n in range(9)]
+    wanted = [request(str(n), 2, 60) for n in range(20)]
     groups = []
     for one in wanted:
         run.submit(one)
         groups.append(core._groups[one.request_id])
     run.run(most_steps=20_000)
-    assert core.stats().num_preemptions > 12
-    assert max(group.num_preemptions for group in groups) <= MOST_PREEMPTIONS
+    assert max(group.num_preemptions for group in groups) == MOST_PREEMPTIONS  # six without the rule
     assert groups[0].num_preemptions == 0
     for one in wanted:
         assert run.tokens[one.request_id] == [fake_continuation(one.prompt_ids, 60)]
