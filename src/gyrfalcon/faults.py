@@ -10,11 +10,13 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from gyrfalcon.errors import SettingsError
+
+if TYPE_CHECKING:  # settings know the variables' names, and are read without numpy
+    import numpy as np
+    import numpy.typing as npt
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ class Fault:
 
     def spoils(self, token_ids_N: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """After which of these tokens the logits are to be NaN."""
-        return np.equal(token_ids_N, self.token_id) & (self.kind == "logits:nan")
+        spoilt_N: npt.NDArray[np.bool_] = token_ids_N == self.token_id
+        return spoilt_N & (self.kind == "logits:nan")
 
 
 def planned_fault(environ: Mapping[str, str]) -> Fault | None:

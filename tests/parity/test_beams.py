@@ -58,8 +58,9 @@ class Subject:
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     folder: Path = cached_checkpoint(tmp_path_factory.getbasetemp() / "checkpoints", request.param, trained=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    ops = select_ops("cpu", block_size=BLOCK_SIZE, num_threads=2)
     return Subject(
-        model=load_model(folder, dtype="float32", device="cpu", ops=select_ops("cpu", block_size=BLOCK_SIZE, num_threads=2)),
+        model=load_model(folder, dtype="float32", device="cpu", ops=ops),
         oracle=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa"),
         prompts=tuple(tuple(tokenizer(prompt).input_ids) for prompt in PROMPTS),
     )
