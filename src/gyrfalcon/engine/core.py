@@ -22,6 +22,10 @@ from gyrfalcon.runner.interface import NOT_FINITE, NOTHING_LEFT, Executor, Sampl
 logger = logging.getLogger(__name__)
 
 
+WARM_UP_TOKENS = 64
+"""Of the prompt that shows, before anyone is served, what a token costs beside a step's fixed part."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreLimits:
     """What the operator allows the engine; None means what start-up found."""
@@ -92,18 +96,32 @@ class EngineCore:
         self._last_step_s = 0.0
 
     def warm_up(self) -> None:
-        """Run one token, outside of all bookkeeping, so that what cannot compute is found before anyone is served.
+        """Run some tokens, outside of all bookkeeping: what cannot compute is found before anyone is served.
 
-        Raises ModelLoadError when the model's logits are not finite, and whatever the executor raises.
+        How long they take is where the pace of prompts beside decoding begins. Raises ModelLoadError when the model's
+        logits are not finite, and whatever the executor raises.
         """
-        group = SequenceGroup(EngineRequest(request_id="warm-up", prompt_ids=(0,), max_new_tokens=1), 0.0, "")
-        group.sequences[0].blocks = [PADDING_BLOCK]  # whose content nobody ever uses
-        result = self._executor.execute(gather_plan([ScheduledRow(group, group.sequences[0], 1)]))
+        self._try(1)  # the first step also asks for memory that the others have then
+        num_tokens = min(WARM_UP_TOKENS, self.facts.max_total_tokens)
+        calm_s, full_s = self._try(1), self._try(num_tokens)
+        if num_tokens > 1:
+            self._scheduler.pace.begin(calm_s, (full_s - calm_s) / (num_tokens - 1))
+
+    def _try(self, num_tokens: int) -> float:
+        """Seconds that a step of one prompt takes."""
+        request = EngineRequest(request_id="warm-up", prompt_ids=(0,) * num_tokens, max_new_tokens=1)
+        group = SequenceGroup(request, 0.0, "")
+        # The padding block's content nobody ever uses.
+        group.sequences[0].blocks = [PADDING_BLOCK] * self._pool.num_blocks_for(num_tokens)
+        plan = gather_plan([ScheduledRow(group, group.sequences[0], num_tokens)])
+        started_s = self._clock()
+        result = self._executor.execute(plan)
         if NOT_FINITE in result.token_ids_S:
             raise ModelLoadError(
                 "the model's logits after its first token are not finite numbers: its weights are damaged, or "
                 f"too large for {self.facts.dtype} (--dtype)"
             )
+        return self._clock() - started_s
 
     @property
     def has_work(self) -> bool:

@@ -28,6 +28,16 @@ class Pace:
     def num_tokens(self) -> int:
         return int(self._allowance)
 
+    def begin(self, calm_s: float, token_s: float) -> None:
+        """Start from what was measured before anyone came: a step of one token, and what each further one adds.
+
+        The first requests often come together: no step of theirs is calm until all their prompts have run.
+        """
+        if calm_s > 0:
+            self._calm_s = calm_s
+            worth = (MOST_SLOWDOWN - 1) * calm_s / token_s if token_s > 0 else self._most
+            self._allowance = min(max(worth, self._least), self._most)
+
     def observe(self, num_decoding: int, num_others: int, step_s: float) -> None:
         """Learn from a step. num_others: its tokens besides one for each of the `num_decoding` sequences."""
         if num_decoding == 0 or step_s <= 0:

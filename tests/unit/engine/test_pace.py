@@ -40,3 +40,13 @@ def test_nothing_is_learnt_from_steps_that_did_not_need_the_allowance_or_had_nob
         pace.observe(0, 400, 1.0)
         pace.observe(1, 400, 0.0)
     assert pace.num_tokens == 8
+
+
+def test_it_begins_where_a_warm_up_has_measured_a_step_to_take_twice_as_long() -> None:
+    pace = Pace(least_tokens=8, most_tokens=512)
+    pace.begin(calm_s=0.08, token_s=0.002)
+    assert pace.num_tokens == 40
+    pace.begin(calm_s=0.08, token_s=0.0)
+    assert pace.num_tokens == 512
+    pace.begin(calm_s=0.001, token_s=0.01)
+    assert pace.num_tokens == 8
