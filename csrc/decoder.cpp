@@ -215,6 +215,7 @@ struct Decoder::Run {
 };
 
 void Decoder::forward(const Step& step, float* hidden) {
+  if (step.batch.num_tokens == 0) return;
   Workspace& space = *workspace_;
   const int num_tokens = step.batch.num_tokens, width = spec_.hidden_size, ffn = spec_.ffn_size;
   const int half_head = spec_.head_size / 2;
@@ -379,6 +380,7 @@ void Decoder::forward(const Step& step, float* hidden) {
 }
 
 void Decoder::logits(const float* hidden, int num_rows, float* logits) {
+  if (num_rows == 0) return;  // a step may run parts of prompts alone
   Workspace& space = *workspace_;
   const Matrix& head = spec_.head;
   const Activations x = space.head_input.get(head, num_rows, kernels_);
