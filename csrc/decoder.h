@@ -74,8 +74,6 @@ class Decoder {
   // For each row of logits the largest one's id and log-probability; sound[s] = 0 where there is none.
   void choose_greedy(const float* logits, int num_rows, int width, int32_t* ids, float* logprobs, uint8_t* sound);
 
-  ThreadTeam& team() { return team_; }
-
  private:
   struct Buffer;
   struct Input;

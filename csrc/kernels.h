@@ -82,8 +82,8 @@ struct Kernels {
   // Products that a task should have, so that loaded keys serve many of them: tasks are cut to this many.
   int (*attend_products)(const AttentionShape& shape);
 
-  // The largest of `width` logits (the first of equals), and ln of the sum of exp of all. Returns false if one of them
-  // is NaN or +infinity, or if all are -infinity.
+  // The largest of `width` logits (the first of equals) and its log-probability: it minus ln of the sum of exp of all.
+  // Returns false if one of them is NaN or +infinity, or if all are -infinity.
   bool (*choose_greedy)(const float* logits, int width, int32_t* id, float* log_probability);
 
   // Called by every thread at the beginning of each piece of work in which it uses the table: other libraries may have

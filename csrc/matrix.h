@@ -69,7 +69,7 @@ enum class Form : int32_t {
 };
 
 // X [M, K] as a product reads it. Rows are `stride` bytes apart, zero from K up to the packed width (for kOffsetInt8 any
-// byte will do: the weights there are zero).
+// byte will do, as the weights there are zero; kFloat32 is not read there).
 struct Activations {
   Form form;
   int32_t width;    // K

@@ -29,39 +29,6 @@ void interleave(const Element* source, int width, int padded, const int32_t* row
   }
 }
 
-// Calls fill(source row or kNothing, packed index) for every group of the panels' slots.
-template <class Fill>
-void for_each_group(int num_groups, const int32_t* rows, int num_slots, int first_panel, int last_panel,
-                    const Fill& fill) {
-  for (int panel = first_panel; panel < last_panel; ++panel)
-    for (int group = 0; group < num_groups; ++group)
-      for (int column = 0; column < kPanelWidth; ++column)
-        fill(source_row(rows, num_slots, panel * kPanelWidth + column), group,
-             (static_cast<size_t>(panel) * num_groups + group) * kPanelWidth + column);
-}
-
-uint16_t to_half(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
-  uint32_t kept, rest, half_way;
-  if (magnitude < 0x38800000) {  // below 2^-14: a multiple of 2^-24
-    if (magnitude < 0x33000000) return static_cast<uint16_t>(sign);
-    const uint32_t shift = 126 - (magnitude >> 23), significand = (magnitude & 0x7fffff) | 0x800000;
-    kept = significand >> shift;
-    rest = significand & ((1u << shift) - 1);
-    half_way = 1u << (shift - 1);
-  } else {
-    kept = (magnitude - 0x38000000) >> 13;
-    rest = magnitude & 0x1fff;
-    half_way = 0x1000;
-  }
-  if (rest > half_way || (rest == half_way && (kept & 1))) ++kept;  // a carry into the exponent is what rounding means
-  return static_cast<uint16_t>(sign | kept);
-}
-
 }  // namespace
 
 void pack_floats(Storage storage, const void* source, int width, const int32_t* rows, int num_slots, int first_panel,
@@ -116,20 +83,6 @@ void pack_int4(const uint8_t* codes, int width, int group, const int32_t* rows, 
         }
     }
   }
-}
-
-void pack_group_scales(const float* scales, int num_groups, const int32_t* rows, int num_slots, int first_panel,
-                       int last_panel, uint16_t* packed) {
-  for_each_group(num_groups, rows, num_slots, first_panel, last_panel, [&](int row, int group, size_t index) {
-    packed[index] = row == kNothing ? 0 : to_half(scales[static_cast<size_t>(row) * num_groups + group]);
-  });
-}
-
-void pack_group_zeros(const uint8_t* zeros, int num_groups, const int32_t* rows, int num_slots, int first_panel,
-                      int last_panel, uint8_t* packed) {
-  for_each_group(num_groups, rows, num_slots, first_panel, last_panel, [&](int row, int group, size_t index) {
-    packed[index] = row == kNothing ? 8 : zeros[static_cast<size_t>(row) * num_groups + group];
-  });
 }
 
 size_t activation_stride(Form form, int width, int group) {

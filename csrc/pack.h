@@ -23,15 +23,6 @@ void pack_int8(const int8_t* codes, int width, const int32_t* rows, int num_slot
 void pack_int4(const uint8_t* codes, int width, int group, const int32_t* rows, int num_slots, int first_panel,
                int last_panel, void* panels);
 
-// Scales [rows][num_groups] of kInt4 into [panel][group][16], half precision, rounded to nearest even; 0 for a slot
-// that is nothing.
-void pack_group_scales(const float* scales, int num_groups, const int32_t* rows, int num_slots, int first_panel,
-                       int last_panel, uint16_t* packed);
-
-// Zeros [rows][num_groups] of kInt4 into [panel][group][16]; 8 for a slot that is nothing.
-void pack_group_zeros(const uint8_t* zeros, int num_groups, const int32_t* rows, int num_slots, int first_panel,
-                      int last_panel, uint8_t* packed);
-
 // Bytes between prepared rows of activations: room for the padded width, and an odd number of cache lines, so that the
 // rows of a tile or a register block never meet in a cache set.
 size_t activation_stride(Form form, int width, int group);

@@ -118,12 +118,6 @@ class ConfigFile:
                 raise self.error(key, value, "expected a string")
             yield key, value
 
-    def refuse(self, key: str, reason: str) -> None:
-        """Raise when `key` is present at all: a feature that changes the numbers and that we do not have."""
-        value = self._members.get(key)
-        if value is not None:
-            raise self.error(key, value, reason)
-
 
 def _shown(value: object) -> str:
     """A value as JSON, short enough for a message."""

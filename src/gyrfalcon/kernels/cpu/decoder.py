@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +37,7 @@ from gyrfalcon.kernels.interface import (
     NormParts,
 )
 
-logger = logging.getLogger(__name__)
-
 _FORMS = {"sequential": Form.SEQUENTIAL, "parallel": Form.PARALLEL}
-_EMBEDDING_STORAGES = {4: Storage.FLOAT32, 2: Storage.BFLOAT16}
 
 
 def can_run(shape: DecoderShape, block_size: int) -> bool:

@@ -32,13 +32,14 @@ _NOT_IN_BUILD, _NOT_HERE, _RUNS = 0, 1, 2
 
 _int, _long, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
-# What csrc/api.cpp and csrc/variants.h export: results and arguments.
+# What csrc/api.cpp, checksum.h and variants.h export: results and arguments.
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "gyrfalcon_kernels_availability": (_int, [ctypes.c_char_p]),
     "gyrfalcon_kernels": (_pointer, [ctypes.c_char_p]),
     "gyrfalcon_structure_sizes": (None, [_pointer] * 4),
     "gyrfalcon_panel_bytes": (_long, [_int, _int, _int]),
     "gyrfalcon_pack": (None, [_int, _pointer, _int, _int, _pointer, _int, _pointer, _pointer]),
+    "gyrfalcon_checksum": (ctypes.c_uint64, [_pointer, ctypes.c_size_t]),
     "gyrfalcon_decoder_new": (_pointer, [_pointer, _pointer, _int]),
     "gyrfalcon_decoder_free": (None, [_pointer]),
     "gyrfalcon_decoder_forward": (_int, [_pointer, _pointer, _pointer]),

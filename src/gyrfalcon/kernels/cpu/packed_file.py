@@ -13,7 +13,6 @@ it costs a line in the log and the time to make it anew, never a start.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -377,7 +376,6 @@ def _checksum_function() -> Callable[[Array], int]:
     library = load()
     assert library is not None, "packed weights are for the kernels"
     function = library.gyrfalcon_checksum
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_uint64
     return lambda data: int(function(data.ctypes.data, len(data)))
 
 

@@ -7,7 +7,6 @@ from ctypes import POINTER, c_float, c_int32, c_void_p
 from enum import IntEnum
 from typing import Any, ClassVar
 
-import numpy as np
 import numpy.typing as npt
 
 
@@ -110,8 +109,3 @@ class CStep(ctypes.Structure):
 def address(array: npt.NDArray[Any] | None) -> int | None:
     """Where an array's data lies, for a pointer field; the caller keeps the array alive."""
     return None if array is None else array.ctypes.data
-
-
-def contiguous(array: npt.NDArray[Any], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    """The array as C++ reads it: of this type, its rows end to end; itself where it is so already."""
-    return np.ascontiguousarray(array, dtype=dtype)
