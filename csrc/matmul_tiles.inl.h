@@ -142,16 +142,29 @@ inline void run_tile_block(const TileBlock& b, int row_tiles, int panels) {
 
 // ---- bfloat16 and int8 ----
 
-// Many rows are computed some row tiles, and some bytes of a row, at a time: these are 1 MiB of activations, which stay
-// in the level-2 cache while panels pass by. Between chunks of a row the sums of a group of panels rest in memory.
-constexpr int64_t kTileChunk = 4096;
-constexpr int kRowTileGroup = 16;
+// Many rows are computed some row tiles, and of longer rows some bytes, at a time: at most 1 MiB of activations, which
+// stay in the level-2 cache while panels pass by. Of two panels a part at a time stays in the level-1 cache while these
+// activations pass by: both out of the level-2 cache are more than it can deliver to the tiles. Between chunks, and
+// between parts, sums rest in memory.
+constexpr int64_t kMostChunk = 4096;
+constexpr int64_t kMostPart = 512;
+constexpr int64_t kMostChunkBytes = 1 << 20;
+constexpr int kMostRowTiles = 32;  // of rows that are one chunk
+constexpr int kCutRowTiles = 16;   // of longer ones, whose sums rest for all panels of a group
 constexpr int kPanelGroup = 32;
+
+// The bytes of each of the fewest parts of about equal size, none larger than `most`.
+inline int64_t even_part(int64_t width, int64_t most) {
+  const int64_t parts = (width + most - 1) / most, bytes = (width + parts - 1) / parts;
+  return (bytes + kTileRowBytes - 1) / kTileRowBytes * kTileRowBytes;
+}
 
 inline size_t tile_scratch_bytes(int num_rows) {
   const size_t row_tiles = num_row_tiles(num_rows);
-  const size_t resting = row_tiles <= 2 ? 0 : row_tiles < kRowTileGroup ? row_tiles : kRowTileGroup;
-  return (4 + resting * kPanelGroup) * kTileBytes;
+  if (row_tiles <= 2) return 4 * kTileBytes;
+  const size_t of_group = (row_tiles < kCutRowTiles ? (row_tiles + 1) / 2 * 2 : kCutRowTiles) * kPanelGroup;
+  const size_t of_pair = (row_tiles < kMostRowTiles ? (row_tiles + 1) / 2 * 2 : kMostRowTiles) * 2;
+  return (4 + (of_group > of_pair ? of_group : of_pair)) * kTileBytes;
 }
 
 // Finishes the new rows of the tiles first_tile .. first_tile + row_tiles of a set, whose sums lie as
@@ -207,36 +220,47 @@ inline void tile_matmul(const Matrix& w, const Activations& x, int num_rows, int
     return;
   }
 
-  for (int first_tile = 0; first_tile < row_tiles; first_tile += kRowTileGroup) {
-    const int last_tile = row_tiles - first_tile < kRowTileGroup ? row_tiles : first_tile + kRowTileGroup;
+  const int64_t chunk = even_part(width, kMostChunk), part = even_part(chunk, kMostPart);
+  const bool is_cut = chunk < width;
+  const int fitting = static_cast<int>(kMostChunkBytes / (chunk * kTileRows)) / 2 * 2;
+  const int tiles_together = is_cut ? kCutRowTiles : fitting < kMostRowTiles ? fitting : kMostRowTiles;
+  for (int first_tile = 0; first_tile < row_tiles; first_tile += tiles_together) {
+    const int last_tile = row_tiles - first_tile < tiles_together ? row_tiles : first_tile + tiles_together;
     const int blocks = (last_tile - first_tile + 1) / 2;
     for (int group = first_panel; group < last_panel; group += kPanelGroup) {
       const int group_end = last_panel - group < kPanelGroup ? last_panel : group + kPanelGroup;
-      for (int64_t begin = 0; begin < width; begin += kTileChunk) {
-        b.num_bytes = width - begin < kTileChunk ? width - begin : kTileChunk;
-        const bool is_last = begin + b.num_bytes == width;
+      for (int64_t begin = 0; begin < width; begin += chunk) {
+        const int64_t end = width - begin < chunk ? width : begin + chunk;
         for (int first = group; first < group_end; first += 2) {
           const PanelSet set = first + 1 < group_end ? PanelSet{2, {first, first + 1}} : PanelSet{1, {first}};
-          // What comes next: the same chunk of two panels more, the next chunk of the group, or the next group.
-          const bool is_last_set = first + 2 >= group_end;
-          const int64_t next_begin = !is_last_set ? begin : is_last ? 0 : begin + b.num_bytes;
-          const int next_panel = !is_last_set ? first + 2 : is_last ? group_end : group;
-          b.lines_ahead = next_panel < last_panel ? (kTileRows + blocks - 1) / blocks : 0;
-          for (int i = 0; i < set.count; ++i) {
-            b.panels[i] = weights + set.panels[i] * panel + begin * kTileRows;
-            const int next = next_panel + i < last_panel ? next_panel + i : next_panel;
-            b.ahead[i] = weights + next * panel + next_begin * kTileRows;
-          }
-          for (int tile = first_tile; tile < last_tile; tile += 2) {
-            const int tiles = last_tile - tile < 2 ? 1 : 2;
-            set_rows(tile, begin);
-            uint8_t* const resting =
-                sums + (static_cast<int64_t>(tile - first_tile) * kPanelGroup + (first - group) * tiles) * kTileBytes;
-            b.before = begin == 0 ? nullptr : resting;
-            b.sums = is_last ? finished : resting;
-            run_tile_block<Product>(b, tiles, set.count);
-            for (int i = 0; i < set.count; ++i) b.ahead[i] += b.lines_ahead * b.num_bytes;
-            if (is_last) finish_tiles(w, out, set, tile, tiles, num_rows, finished, value);
+          // Those of a whole row are finished before the next set begins.
+          uint8_t* const set_sums = is_cut ? sums + static_cast<int64_t>(first - group) * blocks * 2 * kTileBytes : sums;
+          for (int64_t at = begin; at < end; at += part) {
+            b.num_bytes = end - at < part ? end - at : part;
+            const bool is_last = at + b.num_bytes == width;
+            // What comes next: more of these panels, the same chunk of two others, the next chunk, or the next group.
+            const bool is_last_part = at + b.num_bytes == end, is_last_set = first + 2 >= group_end;
+            const int64_t next_at = !is_last_part ? at + part : !is_last_set ? begin : end < width ? end : 0;
+            const int next_panel = !is_last_part  ? first
+                                   : !is_last_set ? first + 2
+                                   : end < width  ? group
+                                                  : group_end;
+            b.lines_ahead = next_panel < last_panel ? (kTileRows + blocks - 1) / blocks : 0;
+            for (int i = 0; i < set.count; ++i) {
+              b.panels[i] = weights + set.panels[i] * panel + at * kTileRows;
+              const int next = next_panel + i < last_panel ? next_panel + i : next_panel;
+              b.ahead[i] = weights + next * panel + next_at * kTileRows;
+            }
+            for (int tile = first_tile; tile < last_tile; tile += 2) {
+              const int tiles = last_tile - tile < 2 ? 1 : 2;
+              set_rows(tile, at);
+              uint8_t* const resting = set_sums + static_cast<int64_t>(tile - first_tile) * 2 * kTileBytes;
+              b.before = at == 0 ? nullptr : resting;
+              b.sums = is_last ? finished : resting;
+              run_tile_block<Product>(b, tiles, set.count);
+              for (int i = 0; i < set.count; ++i) b.ahead[i] += b.lines_ahead * b.num_bytes;
+              if (is_last) finish_tiles(w, out, set, tile, tiles, num_rows, finished, value);
+            }
           }
         }
       }

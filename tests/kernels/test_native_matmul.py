@@ -41,7 +41,8 @@ __all__ = ["random"]
 FORMATS = ["float32", "float16", "bfloat16", "int8", "int4 of 32", "int4 of 64", "int4 of 128"]
 every_format = pytest.mark.parametrize("name", FORMATS)
 
-# Rows, outputs, inputs: one of each, none a multiple of anything, Falcon-7B's widths, and enough rows for every way.
+# Rows, outputs, inputs: one of each, none a multiple of anything, Falcon-7B's widths, and enough rows for every way;
+# the last two are cut in their inner width, and have more panels and rows than are computed together.
 SHAPES = [
     (1, 1, 1),
     (1, 17, 33),
@@ -51,6 +52,8 @@ SHAPES = [
     (8, 4544, 33),
     (17, 100, 257),
     (40, 33, 512),
+    (49, 555, 2300),
+    (513, 40, 4544),
 ]
 
 
