@@ -30,7 +30,8 @@ clients: $(READY) native
 	$(BIN)/python tools/client_environments.py
 	GYRFALCON_REQUIRE_CLIENTS=1 $(BIN)/python -m pytest -q tests/clients $(ARGS)
 
-# The long trials of docs/reliability.md, about an hour and a half; SECONDS=20 COUNT=300 makes a short form of them.
+# The long trials of docs/reliability.md, about two hours; SECONDS=20 COUNT=300 makes a short form of them.
+# The fuzzer follows the code where atheris is installed: `pip install -e .[fuzz]`.
 SECONDS ?= 1800
 COUNT ?= 10000
 reliability: $(READY) native
@@ -40,6 +41,7 @@ reliability: $(READY) native
 	$(BIN)/python -m tests.reliability.campaign disconnects --count $(COUNT)
 	$(BIN)/python -m tests.reliability.campaign crowd --count 200
 	$(BIN)/python -m tests.reliability.campaign fuzz --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz all --seconds $(shell expr $(SECONDS) / 3 + 1)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -45,6 +45,17 @@ GYRFALCON_EXPORT int32_t gyrfalcon_decoder_forward(Decoder* decoder, const Step*
   }
 }
 
+GYRFALCON_EXPORT int32_t gyrfalcon_decoder_choose_next(Decoder* decoder, const Step* step, const int32_t* tokens,
+                                                       int32_t num_chosen, int32_t num_ahead, int32_t* ids,
+                                                       float* logprobs, uint8_t* sound) {
+  try {
+    decoder->choose_next(*step, tokens, num_chosen, num_ahead, ids, logprobs, sound);
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
 GYRFALCON_EXPORT int32_t gyrfalcon_decoder_logits(Decoder* decoder, const float* hidden, int32_t num_rows,
                                                   float* logits) {
   try {

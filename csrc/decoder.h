@@ -68,6 +68,13 @@ class Decoder {
   // Runs a step and stores its keys and values; hidden: [T][D], after the final norm.
   void forward(const Step& step, float* hidden);
 
+  // Runs a step and chooses the likeliest successor of S of its tokens, as the functions below would; then `num_ahead`
+  // times another step, each of whose rows has one token: the one chosen before it. With num_ahead > 0 the first step's
+  // rows have one token too, the S tokens are all of them in order, and the tables have room for those to come.
+  // ids and log-probabilities [1 + num_ahead][S]; sound = 0 where there is none, and what comes after it says nothing.
+  void choose_next(const Step& step, const int32_t* tokens, int num_chosen, int num_ahead, int32_t* ids,
+                   float* logprobs, uint8_t* sound);
+
   // Scores of every vocabulary entry: logits [S][V].
   void logits(const float* hidden, int num_rows, float* logits);
 
@@ -79,6 +86,14 @@ class Decoder {
   struct Input;
   struct Workspace;
   struct Run;
+  struct Pass;
+
+  void choose_once(const Step& step, const int32_t* tokens, int num_chosen, int32_t* ids, float* logprobs,
+                   uint8_t* sound);
+
+  // Make the memory that a call's threads will ask for, so that none of them has to.
+  void reserve(std::vector<Input>& inputs, const Matrix& w, int num_rows);
+  void reserve_head(int num_rows);
 
   const DecoderSpec spec_;
   const std::vector<Layer> layers_;

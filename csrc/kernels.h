@@ -68,10 +68,12 @@ struct Kernels {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float epsilon, int width, float* out);
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int width, float* out);
 
-  // One token's [Q | K | V] (float32, heads in order): rotates queries and keys in place by cosines and sines [E / 2]
-  // (half-split convention; null: no rotation), then stores key and value at `position` of the row's block table.
+  // One token's [Q | K | V] (float32, heads in order): rotates the kv heads first .. last and their query heads in place
+  // by cosines and sines [E / 2] (half-split convention; null: no rotation), then stores their keys and values at
+  // `position` of the row's block table.
   void (*rotate_and_store)(float* qkv, const float* cosines, const float* sines, const AttentionShape& shape,
-                           const Cache& cache, const int32_t* block_table, int position);
+                           const Cache& cache, const int32_t* block_table, int position, int first_kv_head,
+                           int last_kv_head);
 
   // Attention of one task: q [tokens][q_stride] float32 (rotated; only the first num_heads * E columns are read), out
   // [tokens][out_stride] float32 or bfloat16. `scratch`: attend_scratch_bytes(shape) bytes, aligned to 64.

@@ -238,16 +238,21 @@ inline void rotate_head(float* head, const float* cosines, const float* sines, i
 }
 
 inline void rotate_and_store(float* qkv, const float* cosines, const float* sines, const AttentionShape& shape,
-                             const Cache& cache, const int32_t* block_table, int position) {
+                             const Cache& cache, const int32_t* block_table, int position, int first_kv_head,
+                             int last_kv_head) {
   const int64_t head_size = shape.head_size, block_size = shape.block_size, num_kv_heads = shape.num_kv_heads;
   const float* keys = qkv + shape.num_heads * head_size;
   const float* values = keys + num_kv_heads * head_size;
-  if (cosines != nullptr)
-    for (int h = 0; h < shape.num_heads + shape.num_kv_heads; ++h)
+  if (cosines != nullptr) {
+    const int group = shape.num_heads / shape.num_kv_heads;
+    for (int h = first_kv_head * group; h < last_kv_head * group; ++h)
       rotate_head(qkv + h * head_size, cosines, sines, shape.head_size);
+    for (int h = shape.num_heads + first_kv_head; h < shape.num_heads + last_kv_head; ++h)
+      rotate_head(qkv + h * head_size, cosines, sines, shape.head_size);
+  }
 
   const int64_t slot = position % block_size;
-  for (int64_t h = 0; h < num_kv_heads; ++h) {
+  for (int64_t h = first_kv_head; h < last_kv_head; ++h) {
     const float* key = keys + h * head_size;
     const float* value = values + h * head_size;
     const int64_t base = (block_table[position / block_size] * num_kv_heads + h) * head_size * block_size;

@@ -1,6 +1,12 @@
-"""`python -m gyrfalcon`: the same as the `gyrfalcon` command."""
+"""The `gyrfalcon` command, also as `python -m gyrfalcon`."""
 
-from gyrfalcon.cli.main import main
+
+def main() -> None:
+    # Only here: every child process imports the main module once more, and needs no command line.
+    from gyrfalcon.cli.main import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -237,7 +237,7 @@ class Settings:
     )
 
     max_connections: int = _setting(
-        1000, options.whole(1, 1_000_000), CONNECTIONS, "Most connections at once; beyond it they get a 503."
+        2000, options.whole(1, 1_000_000), CONNECTIONS, "Most connections at once; beyond it they get a 503."
     )
     max_connections_per_address: int | None = _setting(
         None,

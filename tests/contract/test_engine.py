@@ -21,7 +21,7 @@ from gyrfalcon.engine.interface import (
 )
 from gyrfalcon.engine.local import LocalEngine
 from gyrfalcon.engine.process import ProcessEngine
-from gyrfalcon.errors import EngineDead, GenerationFailed
+from gyrfalcon.errors import EngineDead, GenerationFailed, QueueTimeout
 from gyrfalcon.testing.executor import FakeExecutor, fake_continuation
 
 MAX_CONTEXT = 4000
@@ -116,6 +116,16 @@ async def test_what_never_fits_fails_alone(engine: Engine) -> None:
         await collect(engine, wanted("bad", MAX_CONTEXT))
     _, tokens = await neighbour
     assert len(tokens) == 50
+
+
+async def test_what_does_not_begin_in_time_ends_so_and_what_has_begun_goes_on(engine: Engine) -> None:
+    first = engine.generate(wanted("first", 1900, num_choices=16, sampling=SamplingParams(do_sample=True)))
+    async with asyncio.timeout(10), aclosing(first) as stream:
+        await anext(stream)
+        with pytest.raises(QueueTimeout, match="no room for the request for"):
+            await collect(engine, wanted("late", begin_within_s=0.05))
+        assert await anext(stream)
+    await at_rest(engine)
 
 
 async def test_ending_what_is_unknown_or_over_changes_nothing(engine: Engine) -> None:

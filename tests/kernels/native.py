@@ -96,7 +96,18 @@ class CKernels(ctypes.Structure):
         ("rms_norm", CFUNCTYPE(None, c_void_p, c_void_p, c_float, c_int, c_void_p)),
         (
             "rotate_and_store",
-            CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, POINTER(CAttentionShape), POINTER(CCache), c_void_p, c_int),
+            CFUNCTYPE(
+                None,
+                c_void_p,
+                c_void_p,
+                c_void_p,
+                POINTER(CAttentionShape),
+                POINTER(CCache),
+                c_void_p,
+                c_int,
+                c_int,
+                c_int,
+            ),
         ),
         (
             "attend",

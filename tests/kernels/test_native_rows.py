@@ -200,6 +200,8 @@ def test_keys_are_rotated_and_stored_in_their_place(
                 ctypes.byref(CCache(keys.address, values.address)),
                 block_table.address,
                 position,
+                0,
+                num_kv_heads,
             )
 
             expected_NE = qkv_NE.copy()
@@ -230,6 +232,41 @@ def test_keys_are_rotated_and_stored_in_their_place(
                 assert is_poison(cache.array[others]), "another block was written"
                 written = cache.array[block].view(np.uint8) != 0xFF
                 assert written.sum() <= num_kv_heads * head_size * cache.array.itemsize
+
+
+@every_kind
+def test_a_kv_head_by_itself_is_rotated_and_stored_as_beside_others(kind: str, random: np.random.Generator) -> None:
+    kernels, (num_heads, num_kv_heads), head_size, block_size = table(kind), (6, 3), 20, 16
+    shape = CAttentionShape(num_heads, num_kv_heads, head_size, block_size, True, 1.0, None)
+    block_table = guarded(np.array([1], dtype=np.int32))
+    qkv_NE = random.standard_normal((num_heads + 2 * num_kv_heads, head_size)).astype(np.float32)
+    angles = random.uniform(0, 6, head_size // 2)
+    cosines, sines = guarded(np.cos(angles).astype(np.float32)), guarded(np.sin(angles).astype(np.float32))
+
+    def run(ranges: list[tuple[int, int]]) -> list[np.ndarray]:
+        qkv = guarded(qkv_NE)
+        keys, values = (Guarded((2, num_kv_heads, head_size * block_size), np.uint16) for _ in range(2))
+        cache = CCache(keys.address, values.address)
+        for first, last in ranges:
+            kernels.rotate_and_store(
+                qkv.address,
+                cosines.address,
+                sines.address,
+                ctypes.byref(shape),
+                ctypes.byref(cache),
+                block_table.address,
+                5,
+                first,
+                last,
+            )
+        for buffer in (qkv, keys, values):
+            buffer.check()
+        return [qkv.array.copy(), keys.array.copy(), values.array.copy()]
+
+    at_once = run([(0, 3)])
+    for one, other in zip(at_once, run([(2, 3), (0, 1), (1, 2)]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(run([(1, 2)])[0][:2], qkv_NE[:2])
 
 
 @every_kind

@@ -78,7 +78,7 @@ def attend_in_steps(
         def packed(name: str, taken: Mapping[int, slice] = taken) -> Tensor:
             return torch.cat([getattr(rows[row], name)[part] for row, part in taken.items()]).to(dtype)
 
-        ops.write_kv(packed("k_LKE"), packed("v_LKE"), cache, step.attention.slot_mapping_T)
+        ops.write_kv(packed("k_LKE"), packed("v_LKE"), cache, step.attention.slot_mapping)
         out_THE = ops.attend(packed("q_LHE"), cache, step.attention, head_size**-0.5, slopes_H)
         assert out_THE.dtype == dtype
         for row, part in zip(counts, out_THE.split(list(counts.values())), strict=True):
@@ -178,7 +178,7 @@ def test_attend_reads_only_the_positions_a_row_may_see() -> None:
         torch.cat([row.k_LKE for row in rows]),
         torch.cat([row.v_LKE for row in rows]),
         cache,
-        step.attention.slot_mapping_T,
+        step.attention.slot_mapping,
     )
     assert cache.k_BSKE[0].isnan().all()  # the block that pads the shorter row's table
     assert cache.v_BSKE.isnan().any()  # the rest of each row's last block

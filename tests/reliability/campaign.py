@@ -16,21 +16,50 @@ import asyncio
 import json
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.server import ServerProcess, running_server
+from gyrfalcon.testing.text import write_tokenizer
 from tests.reliability import bad_inputs
-from tests.reliability.house import ask, connect, request_bytes, send, status_of
+from tests.reliability.house import (
+    WAYS_TO_LEAVE,
+    ask,
+    connect,
+    leave,
+    open_house,
+    request_bytes,
+    send,
+    status_of,
+    until,
+)
+from tests.reliability.load import make_load
 
 PROMPTS = ("Return the number of", "x", "def add(a, b):\n    " * 12, "The falcon " * 60, "北京 déjà vu")
 # What a mutation puts in.
 TOKENS = (b"\\ud800", b"NaN", b"1e999", b"[[", b'"', b"{}", b"null", b"\xff", b"-0")
+# Of a server that is warm, all its processes together.
+MOST_GROWTH_BYTES = 32 * 2**20
+MOST_GROWTH_PER_REQUEST = 1024
+LONGEST_WARM_UP_S = 180.0
+MOST_READINGS, LEAST_BETWEEN_READINGS_S = 10, 5.0
+IDLE_WITHIN_S = 60.0
+# What runs beside a trial may halt the clients for a while, which must not look like clients that dawdle or like a
+# queue that does not move. The cache is small, so that it has all its pages soon, and runs out.
+PATIENT = [
+    *("--header-timeout", "600", "--body-timeout", "600", "--stall-timeout", "600", "--queue-timeout", "600"),
+    *("--max-batch-total-tokens", "2048"),
+]
+# Inputs that leave the server waiting for more are over sooner.
+HASTY = ["--header-timeout", "2", "--body-timeout", "2", "--idle-timeout", "2", "--max-batch-total-tokens", "2048"]
 Figures = dict[str, Any]
 
 
@@ -55,7 +84,11 @@ def calls() -> list[Call]:
             Call("/generate_stream", {"inputs": prompt, "parameters": long}),
             Call("/generate_stream", {"inputs": prompt, "parameters": long | sampled | {"top_n_tokens": 3}}),
             Call("/", {"inputs": prompt, "stream": True, "parameters": short}),
-            Call("/generate", {"inputs": prompt, "parameters": long | {"best_of": 2, "do_sample": True}}, False),
+            Call(
+                "/generate",
+                {"inputs": prompt, "parameters": long | {"best_of": 2, "do_sample": True, "details": True}},
+                is_repeatable=False,
+            ),
             # This dialect samples unless told otherwise.
             Call("/chat", {"prompt": prompt, "generate_kwargs": short | {"seed": 3}}),
             Call("/chat", {"prompt": prompt, "stream": True, "generate_kwargs": long | greedy}),
@@ -70,8 +103,18 @@ def calls() -> list[Call]:
                 },
             ),
             Call("/vertex", {"instances": [{"inputs": prompt, "parameters": short}] * 2}),
+            Call("/tokenize", {"inputs": prompt}),
         ]
     return made
+
+
+def is_whole(said: bytes) -> bool:
+    """Whether an answer that is drawn anew each time has as many tokens as it says."""
+    best = json.loads(said)["details"]
+    return all(
+        len(one["tokens"]) == one["generated_tokens"] and one["finish_reason"] in {"length", "eos_token"}
+        for one in (best, *best["best_of_sequences"])
+    )
 
 
 def payload(answer: bytes) -> bytes:
@@ -107,7 +150,7 @@ class Watched:
         gauges = ("gyrfalcon_requests_waiting", "gyrfalcon_sequences_running", "gyrfalcon_cache_usage_ratio")
         return all(value == 0 for name, value in found.items() if name.startswith(gauges))
 
-    async def until_idle(self, timeout_s: float = 30.0) -> float:
+    async def until_idle(self, timeout_s: float = 2 * IDLE_WITHIN_S) -> float:
         """Seconds until nothing waits, runs or holds cache."""
         started = time.monotonic()
         while not await self.is_idle():
@@ -116,12 +159,28 @@ class Watched:
             await asyncio.sleep(0.05)
         return time.monotonic() - started
 
-    def memory_bytes(self) -> int:
-        server = psutil.Process(self.process.process.pid)
-        return sum(each.memory_info().rss for each in (server, *server.children(recursive=True)))
+    def memory_bytes(self) -> dict[str, int]:
+        """Memory of its own that each process holds at the moment; pages of files are the system's to take back."""
+        server, engine = psutil.Process(self.process.process.pid), self.process.engine
+        others = [each for each in server.children(recursive=True) if each != engine]
+        return {"front": _own_bytes(server), "engine": _own_bytes(engine), "others": sum(map(_own_bytes, others))}
 
     def num_files(self) -> int:
-        return psutil.Process(self.process.process.pid).num_fds()
+        return psutil.Process(self.process.process.pid).num_fds() + self.process.engine.num_fds()
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def growth(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {name: after[name] - size for name, size in before.items()}
+
+
+def is_steady(grown: dict[str, int], num_requests: int) -> bool:
+    total = sum(grown.values())
+    return total <= MOST_GROWTH_BYTES and total <= MOST_GROWTH_PER_REQUEST * num_requests
 
 
 async def timed(server: Watched, call: Call) -> tuple[int, float]:
@@ -138,103 +197,133 @@ def quantile(values: list[float], share: float) -> float:
 
 
 async def soak(server: Watched, arguments: argparse.Namespace) -> tuple[Figures, bool]:
-    chance, table, counts = random.Random(0), calls(), Counter[str]()
+    chance, table, counts = random.Random(arguments.seed), calls(), Counter[str]()
     alone = {id(call): payload(await ask(server.port, call.path, call.body)) for call in table}
-    deadline = time.monotonic() + arguments.seconds
-    warm_until = time.monotonic() + min(arguments.seconds * 0.2, 120)
-    warm: list[tuple[int, int]] = []  # memory and requests when it is warm
+    engine_pid, files = server.process.engine.pid, server.num_files()
 
-    async def client() -> None:
-        while time.monotonic() < deadline:
-            call = chance.choice(table)
-            if chance.random() < 0.1:
-                await leave_early(server, call, chance)
-                counts["cancelled"] += 1
-                continue
+    async def one() -> None:
+        call = chance.choice(table)
+        if chance.random() < 0.1:
+            await leave_early(server.port, call, chance)
+            counts["cancelled"] += 1
+            return
+        counts["requests"] += 1
+        try:
             answer = await ask(server.port, call.path, call.body)
-            try:
-                said = payload(answer)
-            except (ValueError, IndexError):
-                counts["lost"] += 1
-                continue
-            counts["requests"] += 1
-            counts["lost"] += not answer or status_of(answer) != 200
-            counts["altered"] += call.is_repeatable and said != alone[id(call)]
-            if not warm and time.monotonic() > warm_until:
-                warm.append((server.memory_bytes(), counts["requests"]))
+            said = payload(answer)
+        except (OSError, ValueError):
+            answer = said = b""
+        if not answer or status_of(answer) != 200:
+            counts["lost"] += 1
+        elif said != alone[id(call)] if call.is_repeatable else not is_whole(said):
+            counts["altered"] += 1
 
-    await asyncio.gather(*(client() for _ in range(arguments.clients)))
-    idle_s = await server.until_idle()
-    grown, requests = 0, counts["requests"]
-    if warm:
-        grown, requests = server.memory_bytes() - warm[0][0], max(counts["requests"] - warm[0][1], 1)
+    async def traffic(seconds: float) -> tuple[float, dict[str, int]]:
+        """Seconds until it is calm after so much of it, and the memory then."""
+        deadline = time.monotonic() + seconds
+
+        async def client() -> None:
+            while time.monotonic() < deadline:
+                await one()
+
+        await asyncio.gather(*(client() for _ in range(arguments.clients)))
+        return await server.until_idle(), server.memory_bytes()
+
+    warm_up_s = min(arguments.seconds * 0.25, LONGEST_WARM_UP_S)
+    _, warm = await traffic(warm_up_s)
+    num_warm, idle_s, now = counts["requests"] + counts["cancelled"], 0.0, warm
+    rest_s = arguments.seconds - warm_up_s
+    num_readings = min(int(rest_s / LEAST_BETWEEN_READINGS_S) + 1, MOST_READINGS)
+    for number in range(num_readings):
+        idle_s, now = await traffic(rest_s / num_readings)
+        sys.stderr.write(f"{number + 1}/{num_readings}: {dict(counts)}, memory {now}\n")
+    grown, num_sent = growth(warm, now), counts["requests"] + counts["cancelled"] - num_warm
+    found = await server.metrics()
     figures = {
         "seconds": arguments.seconds,
         **{name: counts[name] for name in ("requests", "cancelled", "lost", "altered")},
+        "preemptions": sum(value for name, value in found.items() if name.startswith("gyrfalcon_preemptions_total")),
+        "memory_warm_bytes": warm,
         "memory_growth_bytes": grown,
-        "memory_growth_per_request": round(grown / requests, 1),
+        "memory_growth_per_request": round(sum(grown.values()) / max(num_sent, 1), 1),
+        "files_left": server.num_files() - files,
         "idle_after_s": round(idle_s, 2),
     }
-    is_steady = grown <= 32 * 2**20
-    return figures, counts["lost"] == counts["altered"] == 0 and is_steady and idle_s < 5
+    is_right = (
+        counts["lost"] == counts["altered"] == 0
+        and is_steady(grown, num_sent)
+        and figures["files_left"] <= 1
+        and idle_s < IDLE_WITHIN_S
+        and server.process.engine.pid == engine_pid
+    )
+    return figures, is_right
 
 
-async def leave_early(server: Watched, call: Call, chance: random.Random) -> None:
+async def leave_early(port: int, call: Call, chance: random.Random) -> None:
     """Send some or all of a request, wait for a moment, and go."""
     data = request_bytes(call.path, call.body)
-    _, writer = await connect(server.port)
-    writer.write(data if chance.random() < 0.8 else data[: chance.randrange(len(data))])
-    await asyncio.sleep(chance.random() * 0.1)
-    if chance.random() < 0.5:
-        writer.transport.abort()
-    writer.close()
+    _, writer = await connect(port)
+    try:
+        writer.write(data if chance.random() < 0.8 else data[: chance.randrange(len(data))])
+        await asyncio.sleep(chance.random() * 0.1)
+    finally:
+        leave(writer, chance.choice(WAYS_TO_LEAVE))
 
 
 # Overload
 
 
 async def overload(server: Watched, arguments: argparse.Namespace) -> tuple[Figures, bool]:
+    """Full load is as many clients as a step computes sequences of; overload, ten times the requests they get done."""
+    figures: Figures = {"seconds": arguments.seconds}
+    is_right = True
+    for name, options in (("new_connections", []), ("kept_connections", ["--keep-alive"])):
+        figures[name], is_good = await _overloaded_with(server, arguments, options)
+        is_right = is_right and is_good
+    return figures, is_right
+
+
+async def _overloaded_with(
+    server: Watched, arguments: argparse.Namespace, options: Sequence[str]
+) -> tuple[Figures, bool]:
     call = Call("/generate", {"inputs": PROMPTS[0], "parameters": {"max_new_tokens": 40}})
     calm = [(await timed(server, call))[1] for _ in range(5)]
-    full = await _closed_loop(server, call, arguments.capacity, arguments.seconds)
-    rate = 10 * len(full) / arguments.seconds
-    results: list[tuple[int, float]] = []
-    health: list[int] = []
-
-    async def one() -> None:
-        results.append(await timed(server, call))
+    seconds = ("--seconds", str(arguments.seconds), *options)
+    full = await make_load(server.port, call.path, call.body, "--clients", str(arguments.capacity), *seconds)
+    full_s = full.of(200)
+    health: list[tuple[int, float]] = []
 
     async def probe() -> None:
         while True:
-            health.append(status_of(await ask(server.port, "/health", method="GET")))
+            started = time.monotonic()
+            status = status_of(await ask(server.port, "/health", method="GET"))
+            health.append((status, time.monotonic() - started))
             await asyncio.sleep(0.5)
 
     probing = asyncio.create_task(probe())
-    started = time.monotonic()
-    async with asyncio.TaskGroup() as group:
-        while (now := time.monotonic() - started) < arguments.seconds:
-            for _ in range(max(int(rate * now) - len(group._tasks) - len(results), 0)):  # type: ignore[attr-defined]
-                group.create_task(one())
-            await asyncio.sleep(0.01)
-    took_s = time.monotonic() - started
+    rate = 10 * len(full_s) / full.took_s
+    over = await make_load(server.port, call.path, call.body, "--rate", str(rate), *seconds)
     probing.cancel()
     ended = time.monotonic()
     while (await timed(server, call))[1] > 2 * max(calm):
         if time.monotonic() - ended > 10:
             break
-    accepted = [each for status, each in results if status == 200]
-    shed = [each for status, each in results if status == 429]
+    accepted_s, shed_s = over.of(200), over.of(429)
     figures = {
-        "full_load_p95_s": round(quantile(full, 0.95), 3),
-        "full_load_per_s": round(len(full) / arguments.seconds, 1),
-        "offered_per_s": round(len(results) / took_s, 1),
-        "accepted_p95_s": round(quantile(accepted, 0.95), 3),
-        "accepted_per_s": round(len(accepted) / took_s, 1),
-        "shed": len(shed),
-        "shed_p99_s": round(quantile(shed, 0.99), 3),
-        "other_statuses": dict(Counter(status for status, _ in results if status not in {200, 429})),
-        "health": dict(Counter(health)),
+        "full_load_p95_s": round(quantile(full_s, 0.95), 3),
+        "full_load_per_s": round(len(full_s) / full.took_s, 1),
+        "offered_per_s": round(len(over.statuses) / over.took_s, 1),
+        "accepted_p95_s": round(quantile(accepted_s, 0.95), 3),
+        "accepted_per_s": round(len(accepted_s) / over.took_s, 1),
+        "shed": len(shed_s),
+        "shed_p99_s": round(quantile(shed_s, 0.99), 4),
+        "other_statuses": dict(Counter(status for status in over.statuses if status not in {200, 429})),
+        "health": dict(Counter(status for status, _ in health)),
+        "health_slowest_s": round(max(took_s for _, took_s in health), 3),
         "normal_after_s": round(time.monotonic() - ended, 2),
+        # The client's own share in all that.
+        "client_late_p99_s": round(quantile(over.late_s, 0.99), 4),
+        "client_cores": round(over.client_cpu_s / over.took_s, 2),
     }
     is_right = (
         not figures["other_statuses"]
@@ -242,54 +331,68 @@ async def overload(server: Watched, arguments: argparse.Namespace) -> tuple[Figu
         and figures["accepted_p95_s"] <= 1.25 * figures["full_load_p95_s"]
         and figures["accepted_per_s"] >= 0.9 * figures["full_load_per_s"]
         and figures["normal_after_s"] <= 2
-        and set(health) <= {200}
+        and {status for status, _ in health} == {200}
     )
     return figures, is_right
-
-
-async def _closed_loop(server: Watched, call: Call, num_clients: int, seconds: float) -> list[float]:
-    deadline = time.monotonic() + seconds
-    times: list[float] = []
-
-    async def client() -> None:
-        while time.monotonic() < deadline:
-            status, took_s = await timed(server, call)
-            if status == 200:
-                times.append(took_s)
-
-    await asyncio.gather(*(client() for _ in range(num_clients)))
-    return times
 
 
 # Disconnects
 
 
 async def disconnects(server: Watched, arguments: argparse.Namespace) -> tuple[Figures, bool]:
-    chance, table = random.Random(0), calls()
-    await asyncio.gather(*(timed(server, call) for call in table))
-    await server.until_idle()
-    files, memory = server.num_files(), server.memory_bytes()
-    started = time.monotonic()
+    chance, table = random.Random(arguments.seed), calls()
     room = asyncio.Semaphore(arguments.clients)
 
     async def one() -> None:
         async with room:
-            await leave_early(server, chance.choice(table), chance)
+            await leave_early(server.port, chance.choice(table), chance)
 
-    for first in range(0, arguments.count, 500):
-        await asyncio.gather(*(one() for _ in range(min(500, arguments.count - first))))
+    async def many(count: int) -> float:
+        """Seconds until it is calm after so many."""
+        for first in range(0, count, 500):
+            await asyncio.gather(*(one() for _ in range(min(500, count - first))))
+        return await server.until_idle()
+
+    await asyncio.gather(*(timed(server, call) for call in table))
+    await many(arguments.count // 10)
+    files, memory, started = server.num_files(), server.memory_bytes(), time.monotonic()
+    idle_s = await many(arguments.count)
     took_s = time.monotonic() - started
-    idle_s = await server.until_idle()
     await asyncio.sleep(1)
+    grown = growth(memory, server.memory_bytes())
     figures = {
         "disconnects": arguments.count,
         "per_s": round(arguments.count / took_s, 1),
         "idle_after_s": round(idle_s, 2),
         "files_left": server.num_files() - files,
-        "memory_growth_bytes": server.memory_bytes() - memory,
+        "tasks_left": await _tasks_left(arguments.count),
+        "memory_growth_bytes": grown,
     }
     status, _ = await timed(server, table[0])
-    return figures, status == 200 and idle_s < 5 and figures["files_left"] <= 1
+    is_right = (
+        status == 200
+        and idle_s < IDLE_WITHIN_S
+        and figures["files_left"] <= 1
+        and figures["tasks_left"] <= 0
+        and sum(grown.values()) <= MOST_GROWTH_BYTES
+    )
+    return figures, is_right
+
+
+async def _tasks_left(count: int) -> int:
+    """How many more tasks the event loop of a server in this process has after as many disconnects."""
+    chance, table = random.Random(count), calls()
+    with tempfile.TemporaryDirectory() as folder:
+        async with open_house(FakeEngine(step_s=0.002), write_tokenizer(Path(folder))) as house:
+            await ask(house.port, table[0].path, table[0].body)
+            tasks = len(asyncio.all_tasks())
+            for first in range(0, count, 50):
+                await asyncio.gather(
+                    *(leave_early(house.port, chance.choice(table), chance) for _ in range(min(50, count - first)))
+                )
+            await until(lambda: house.is_idle and house.server.num_connections == 0, IDLE_WITHIN_S)
+            await asyncio.sleep(1)
+            return len(asyncio.all_tasks()) - tasks
 
 
 # Slow and idle connections
@@ -333,11 +436,10 @@ async def crowd(server: Watched, arguments: argparse.Namespace) -> tuple[Figures
 async def fuzz(server: Watched, arguments: argparse.Namespace) -> tuple[Figures, bool]:
     chance, rows = random.Random(arguments.seed), bad_inputs.rows()
     raw = list(bad_inputs.RAW.values())
-    deadline = time.monotonic() + arguments.seconds
     counts, failures = Counter[int](), list[str]()
     slowest_s = 0.0
 
-    async def client() -> None:
+    async def client(deadline: float) -> None:
         nonlocal slowest_s
         while time.monotonic() < deadline:
             if chance.random() < 0.1:
@@ -361,15 +463,24 @@ async def fuzz(server: Watched, arguments: argparse.Namespace) -> tuple[Figures,
             if status >= 500:
                 failures.append(f"{status}: {data[:300]!r} {answer[-300:]!r}")
 
-    await asyncio.gather(*(client() for _ in range(8)))
+    async def traffic(seconds: float) -> dict[str, int]:
+        """The memory after so much of it."""
+        deadline = time.monotonic() + seconds
+        await asyncio.gather(*(client(deadline) for _ in range(8)))
+        await server.until_idle()
+        return server.memory_bytes()
+
+    warm = await traffic(arguments.seconds * 0.2)
+    grown = growth(warm, await traffic(arguments.seconds * 0.8))
     status = status_of(await ask(server.port, "/health", method="GET"))
     figures = {
         "inputs": counts.total(),
         "statuses": dict(sorted(counts.items())),
         "slowest_s": round(slowest_s, 2),
+        "memory_growth_bytes": grown,
         "failures": failures[:5],
     }
-    return figures, not failures and status == 200
+    return figures, not failures and status == 200 and sum(grown.values()) <= MOST_GROWTH_BYTES
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:
@@ -403,16 +514,20 @@ TRIALS: dict[str, Callable[[Watched, argparse.Namespace], Coroutine[Any, Any, tu
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=TRIALS)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of soak, overload (each half) and fuzz")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of soak, overload (each quarter) and fuzz")
     parser.add_argument("--count", type=int, default=200, help="of disconnects, and of slow connections")
     parser.add_argument("--clients", type=int, default=32, help="at the same time")
-    parser.add_argument("--capacity", type=int, default=64, help="sequences in work, for overload")
+    parser.add_argument("--capacity", type=int, default=64, help="clients at full load, for overload")
     parser.add_argument("--probes", type=int, default=100, help="requests that each p95 is of")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     options = ["--log-level", "warning"]
+    if arguments.trial in {"soak", "disconnects"}:
+        options += PATIENT
+    if arguments.trial == "fuzz":
+        options += HASTY
     if arguments.trial == "overload":
-        options += ["--max-concurrent-requests", str(arguments.capacity), "--max-connections", "20000"]
+        options = []  # as it is served by default, with a log
     with running_server(*options) as process:
         figures, is_right = asyncio.run(TRIALS[arguments.trial](Watched(process), arguments))
     sys.stdout.write(json.dumps({"trial": arguments.trial, **figures, "ok": is_right}) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from gyrfalcon.service.generation import GenerationService
 from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.text import text_service
 
+WAYS_TO_LEAVE = ("FIN", "RST", "half")
 JSON = "Content-Type: application/json\r\n"
 
 
@@ -96,6 +98,18 @@ async def send(port: int, data: bytes) -> bytes:
         writer.write(data)
         return await reader.read()
     finally:
+        writer.close()
+
+
+def leave(writer: asyncio.StreamWriter, way: str) -> None:
+    """Close the connection in one of WAYS_TO_LEAVE."""
+    if way == "RST":
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+    elif way == "half":
+        writer.write_eof()
+        writer.transport.abort()
+    else:
         writer.close()
 
 

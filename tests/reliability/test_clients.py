@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-import struct
 import time
 from typing import Any
 
@@ -14,10 +13,12 @@ import pytest
 from gyrfalcon.http.connections import ConnectionLimits
 from gyrfalcon.testing.engine import FakeEngine
 from tests.reliability.house import (
+    WAYS_TO_LEAVE,
     House,
     ask,
     body_of,
     connect,
+    leave,
     request_bytes,
     send,
     status_of,
@@ -42,21 +43,9 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "vertex": ("/vertex", {"instances": [{"inputs": "a", "parameters": LONG}, {"inputs": "b", "parameters": LONG}]}),
 }
-WAYS_TO_LEAVE = ("FIN", "RST", "half")
 # One step of the engine plus a quarter of a second, on a machine that does other things too.
 PROMPTLY_S = 1.0
 QUICK = ConnectionLimits(header_timeout_s=0.5, body_timeout_s=0.5, idle_timeout_s=0.5, stall_timeout_s=0.75)
-
-
-def leave(writer: asyncio.StreamWriter, way: str) -> None:
-    if way == "RST":
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        writer.transport.abort()
-    elif way == "half":
-        writer.write_eof()
-        writer.transport.abort()
-    else:
-        writer.close()
 
 
 # 5.1

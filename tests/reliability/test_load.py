@@ -13,7 +13,7 @@ import pytest
 from gyrfalcon.http import tgi, wire
 from gyrfalcon.service.tokenizer import TextTokenizer
 from gyrfalcon.testing.engine import FakeEngine
-from tests.reliability.house import ask, body_of, status_of, until
+from tests.reliability.house import ask, body_of, connect, request_bytes, status_of, until
 
 from .conftest import OpenHouse
 
@@ -42,6 +42,47 @@ async def test_4_1_what_exceeds_the_bound_is_shed_at_once_and_the_rest_is_answer
         assert server.metric("gyrfalcon_rejected_total", cause="overloaded") == len(shed)
         assert status_of(await ask(server.port, "/generate", HELLO)) == 200
         assert server.is_idle
+
+
+async def test_4_1_a_connection_goes_on_after_a_request_was_turned_away(house: OpenHouse) -> None:
+    async with house(FakeEngine(step_s=0.02), service_options={"max_concurrent_requests": 1}) as server:
+        running = asyncio.create_task(ask(server.port, "/generate", HELLO))
+        await until(lambda: server.engine.stats().num_running == 1)
+        reader, writer = await connect(server.port)
+        request = request_bytes("/generate", HELLO, close=False)
+        for pieces in ([request], [request[:-60], request[-60:-20], request[-20:]], [request]):
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0.01)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert status_of(head) == 429
+            (length,) = (line[15:] for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+            assert json.loads(await reader.readexactly(int(length)))["error_type"] == "overloaded"
+        assert status_of(await running) == 200
+        writer.write(request)
+        assert status_of(await reader.readuntil(b"\r\n\r\n")) == 200
+        writer.close()
+
+
+async def test_4_1_while_a_crowd_comes_nobody_waits_in_a_long_queue(house: OpenHouse) -> None:
+    engine = FakeEngine(step_s=0.002, max_context=128)  # twice its cache of 1024 tokens is handed out: to 16 of these
+    full = {"inputs": "x", "parameters": {"max_new_tokens": 120}}
+    async with house(engine, service_options={"max_concurrent_requests": 48}) as server:
+
+        def num_in_work() -> int:
+            (stats,) = server.service.stats().values()
+            return stats.num_waiting + stats.num_running
+
+        crowd = [asyncio.create_task(ask(server.port, "/generate", full)) for _ in range(80)]
+        await until(lambda: num_in_work() == 48)  # a crowd that comes at once may wait
+        late: list[bytes] = []
+        while num_in_work() > 16:  # but those who go on coming join no queue that has room again
+            late.append(await ask(server.port, "/generate", HELLO))
+        refused = [answer for answer in late if status_of(answer) == 429]
+        assert any(b"others have just been turned away" in answer for answer in refused)
+        statuses = [status_of(each) for each in await asyncio.gather(*crowd)]
+        assert (statuses.count(200), statuses.count(429)) == (48, 32)
+        assert status_of(await ask(server.port, "/generate", HELLO)) == 200
 
 
 async def test_4_1_health_stays_truthful_under_overload(house: OpenHouse) -> None:

@@ -22,8 +22,14 @@ from gyrfalcon.runner.interface import NOT_FINITE, NOTHING_LEFT, Executor, Sampl
 logger = logging.getLogger(__name__)
 
 
-WARM_UP_TOKENS = 64
+WARM_UP_TOKENS = 32
 """Of the prompt that shows, before anyone is served, what a token costs beside a step's fixed part."""
+
+
+AHEAD_S = 0.002
+MOST_AHEAD = 7
+"""Short steps of plain decoding run several at once, as many as end within about AHEAD_S and at most so many further
+ones: what a step costs around the model would be a third of it. Nobody notices that a token comes 2 ms later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +52,7 @@ class StepOutcome:
     finished: list[str] = field(default_factory=list)  # no choice has anything more to come
     failures: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)  # failures that the request's own parameters caused
+    overdue: dict[str, str] = field(default_factory=dict)  # waited too long before they began
     step: StepReading | None = None
 
     def add(self, request_id: str, event: EngineEvent) -> None:
@@ -160,17 +167,20 @@ class EngineCore:
         """Advance every request the scheduler chooses by one step; what came of it is added to `outcome`."""
         started_s = self._clock()
         rows = self._scheduler.schedule()
+        self._end_overdue(started_s, outcome)
         if rows:
             num_admitted = _mark_started(rows, started_s)
             num_decode_rows = sum(row.is_decoding for row in rows)
             num_draft_tokens = sum(len(row.draft_ids) for row in rows)
+            num_ahead = self._scheduler.make_room_ahead(rows, self._most_ahead())
             scheduled_s = self._clock()
-            parts = self._run(rows, outcome)
+            parts = self._run(rows, num_ahead, outcome)
             outcome.step = StepReading(
                 num_prefill_tokens=sum(row.num_query_tokens for row in rows) - num_decode_rows,
                 num_decode_rows=num_decode_rows,
                 num_admitted=num_admitted,
                 has_succeeded=len(parts) == 1 and parts[0].has_succeeded,
+                num_ahead=num_ahead,
                 num_draft_tokens=num_draft_tokens,
                 num_accepted_tokens=tuple(count for part in parts for count in part.num_accepted_tokens),
                 schedule_s=scheduled_s - started_s + sum(part.gather_s for part in parts),
@@ -180,11 +190,19 @@ class EngineCore:
             )
             if outcome.step.has_succeeded:
                 num_others = outcome.step.num_prefill_tokens + num_draft_tokens
-                self._scheduler.pace.observe(num_decode_rows, num_others, parts[0].forward_s + parts[0].sample_s)
+                step_s = (parts[0].forward_s + parts[0].sample_s) / (1 + num_ahead)
+                self._scheduler.pace.observe(num_decode_rows, num_others, step_s)
             self._draft_tokens += num_draft_tokens
             self._accepted_tokens += sum(outcome.step.num_accepted_tokens)
         self._num_steps += 1
         self._last_step_s = self._clock() - started_s
+
+    def _most_ahead(self) -> int:
+        """Steps that a plan may have besides its own."""
+        calm_s = self._scheduler.pace.calm_s
+        if not self._executor.facts.can_run_ahead or calm_s is None:
+            return 0
+        return min(int(AHEAD_S / calm_s) - 1, MOST_AHEAD)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -206,13 +224,13 @@ class EngineCore:
     def close(self) -> None:
         self._executor.close()
 
-    def _run(self, rows: list[ScheduledRow], outcome: StepOutcome) -> list[_Part]:
+    def _run(self, rows: list[ScheduledRow], num_ahead: int, outcome: StepOutcome) -> list[_Part]:
         """Execute and commit the rows: together, and if that fails request by request, so that only its cause ends.
 
         Running a row again writes the same keys and values to the same places, and its bits do not depend on its
         neighbours, so those who go on do not notice. A step too large for the memory is done in parts in the same way.
         """
-        part = self._run_part(rows, outcome)
+        part = self._run_part(rows, num_ahead, outcome)
         if part.has_succeeded:
             return [part]
         by_group: dict[int, list[ScheduledRow]] = {}
@@ -223,16 +241,16 @@ class EngineCore:
             return [part]
         parts = [part]
         for own in by_group.values():
-            parts.append(self._run_part(own, outcome))
+            parts.append(self._run_part(own, num_ahead, outcome))
             if not parts[-1].has_succeeded:
                 self._fail(own[0].group, "the step that computed this request failed", outcome)
         return parts
 
-    def _run_part(self, rows: list[ScheduledRow], outcome: StepOutcome) -> _Part:
+    def _run_part(self, rows: list[ScheduledRow], num_ahead: int, outcome: StepOutcome) -> _Part:
         """Execute and commit rows as one plan; where that cannot be executed, nothing is committed."""
         started_s = planned_s = self._clock()
         try:
-            plan = gather_plan(rows)
+            plan = gather_plan(rows, num_ahead)
             planned_s = self._clock()
             result = self._executor.execute(plan)
         except Exception:
@@ -274,10 +292,13 @@ class EngineCore:
         return num_accepted_tokens
 
     def _take_draws(self, row: ScheduledRow, samples: list[int], result: StepResult, outcome: StepOutcome) -> int:
-        """Append what a row's choices drew, and with a draft the next draws too, as far as they agree with it.
+        """Append what a row's choices drew, and what was drawn after that: ahead, or by a draft as far as it agrees.
 
         Returns how many of the draft's tokens were drawn.
         """
+        if result.ahead:
+            self._take_draws_ahead(row, samples, result, outcome)
+            return 0
         draft = row.draft_ids.tolist()
         drawn = self._take_draw(row, samples[: len(samples) - len(draft)], result, outcome)
         num_accepted = 0
@@ -289,6 +310,17 @@ class EngineCore:
         if draft:
             self._scheduler.drop_draft(row.sequence)
         return num_accepted
+
+    def _take_draws_ahead(
+        self, row: ScheduledRow, samples: list[int], result: StepResult, outcome: StepOutcome
+    ) -> None:
+        """Append what the row drew in each of the steps that ran at once, until it ends."""
+        going_on = self._take_draw(row, samples, result, outcome)
+        for later in result.ahead:
+            if not going_on:
+                return
+            self._scheduler.mark_computed(row.sequence, 1)
+            going_on = self._take_draw(row, samples, later, outcome)
 
     def _take_draw(self, row: ScheduledRow, samples: list[int], result: StepResult, outcome: StepOutcome) -> list[int]:
         """Append one token to each of a row's choices; those that go on with it."""
@@ -434,6 +466,14 @@ class EngineCore:
         if self._drop(group):
             outcome.refusals[group.request.request_id] = (
                 f"the parameters rule out every token after {num_generated} new ones, or overflow single precision"
+            )
+
+    def _end_overdue(self, now_s: float, outcome: StepOutcome) -> None:
+        """End what this step had no room for either, and may not wait for another."""
+        for group in self._scheduler.overdue(now_s):
+            self._drop(group)
+            outcome.overdue[group.request.request_id] = (
+                f"model is overloaded: the engine had no room for the request for {now_s - group.arrival_s:.3g} seconds"
             )
 
     def _drop(self, group: SequenceGroup) -> bool:

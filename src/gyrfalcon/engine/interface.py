@@ -108,7 +108,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_new_tokens: >= 1, and len(prompt_ids) + max_new_tokens <= EngineFacts.max_total_tokens. min_new_tokens: the
     stop ids are banned before this many tokens. stop_token_ids: end a choice; the id itself is its last token.
     prompt_logprobs: also score the prompt (raw logits), which forgoes prefix reuse. top_n: also report this many
-    likeliest tokens a step. cache_salt: requests share cached prefixes only under an equal salt.
+    likeliest tokens a step. cache_salt: requests share cached prefixes only under an equal salt. begin_within_s: what
+    no step has run any of after so many seconds ends with QueueTimeout; None waits for as long as it takes.
     """
 
     request_id: str
@@ -122,6 +123,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     top_n: int = 0
     cache_salt: str = ""
+    begin_within_s: float | None = None
 
 
 class PromptEvent(msgspec.Struct, frozen=True, tag="prompt"):
@@ -185,6 +187,7 @@ class StepReading(msgspec.Struct, frozen=True, kw_only=True):
     num_decode_rows: int  # rows that only added their newest token, and perhaps a draft
     num_admitted: int  # requests that ran for the first time
     has_succeeded: bool
+    num_ahead: int = 0  # further tokens of each of those rows that ran at once; the times below are of all of them
     num_draft_tokens: int  # run by speculation, ahead of being drawn
     num_accepted_tokens: tuple[int, ...]  # for each row with a draft, how many of its tokens were then drawn
     schedule_s: float  # choosing rows and blocks, gathering the plan
@@ -245,7 +248,7 @@ class Engine(Protocol):
 
         Ends after every choice has finished. Closing the generator early (`contextlib.aclosing`) aborts the request
         and frees what it held. Raises GenerationFailed when this request fails, InvalidRequest when its parameters
-        leave no token to choose, EngineDead when the engine ends under it.
+        leave no token to choose, QueueTimeout when it has not begun in time, EngineDead when the engine ends under it.
         """
         ...
 

@@ -26,6 +26,7 @@ def run_loop(core: EngineCore, inbox: queue.SimpleQueue[Command], report: Callab
                 finished=outcome.finished,
                 failures=outcome.failures,
                 refusals=outcome.refusals,
+                overdue=outcome.overdue,
                 stats=core.stats(),
                 step=outcome.step,
             )

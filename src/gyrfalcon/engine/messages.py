@@ -59,6 +59,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     finished: list[str]
     failures: dict[str, str]
     refusals: dict[str, str]
+    overdue: dict[str, str]
     stats: EngineStats
     step: StepReading | None = None  # None when there was nothing to compute
 

@@ -28,6 +28,11 @@ class Pace:
     def num_tokens(self) -> int:
         return int(self._allowance)
 
+    @property
+    def calm_s(self) -> float | None:
+        """What a step with nothing but decoding takes; None as long as there was none."""
+        return self._calm_s
+
     def begin(self, calm_s: float, token_s: float) -> None:
         """Start from what was measured before anyone came: a step of one token, and what each further one adds.
 

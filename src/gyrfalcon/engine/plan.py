@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from gyrfalcon.engine import sampling_record, token_rules
 from gyrfalcon.engine.interface import WatermarkParams
-from gyrfalcon.engine.sampling_record import NO_RECORDS
 from gyrfalcon.engine.scheduler import ScheduledRow
 from gyrfalcon.engine.sequence import Sequence, SequenceGroup
 from gyrfalcon.engine.token_rules import NO_WEIGHTS
 from gyrfalcon.runner.interface import NO_IDS, Floats, IdLists, Ints, SamplingColumns, StepPlan, WeightedIdLists
 
+NO_COPIES: Ints = np.empty((0, 2), dtype=np.int32)
 
-def gather_plan(rows: list[ScheduledRow]) -> StepPlan:
+
+def gather_plan(rows: list[ScheduledRow], num_ahead: int = 0) -> StepPlan:
     """The plan of one step. A row that reaches its end draws one token for every choice it carries.
 
     With a draft it also draws one after each of the draft's tokens, as if the text were that long.
+    num_ahead: further steps, as `Scheduler.make_room_ahead` allowed them.
     """
     widest = max(len(row.sequence.blocks) for row in rows)
     block_tables_RW = np.zeros((len(rows), widest), dtype=np.int32)
     for index, row in enumerate(rows):
         block_tables_RW[index, : len(row.sequence.blocks)] = row.sequence.blocks
+    copies = [pair for row in rows for pair in row.block_copies]
+    kept = [index for index, row in enumerate(rows) if row.group.search and row.group.search.num_waves > 1]
     scored = [index for index, row in enumerate(rows) if row.group.scores_prompt]
     return StepPlan(
         query_lens_R=np.array([row.num_query_tokens + len(row.draft_ids) for row in rows], dtype=np.int32),
         context_lens_R=np.array([row.sequence.num_computed_tokens for row in rows], dtype=np.int32),
         token_ids_T=np.concatenate([_query_ids(row) for row in rows]),
         block_tables_RW=block_tables_RW,
-        block_copies_C2=np.array([pair for row in rows for pair in row.block_copies], dtype=np.int32).reshape(-1, 2),
+        block_copies_C2=np.array(copies, dtype=np.int32) if copies else NO_COPIES,
         samples=gather_samples([draw for index, row in enumerate(rows) for draw in first_draws(index, row)]),
-        kept_rows=np.array(
-            [index for index, row in enumerate(rows) if row.group.search and row.group.search.num_waves > 1],
-            dtype=np.int32,
-        ),
-        scored_rows=np.array(scored, dtype=np.int32),
+        kept_rows=np.array(kept, dtype=np.int32) if kept else NO_IDS,
+        scored_rows=np.array(scored, dtype=np.int32) if scored else NO_IDS,
         scored_ids=np.concatenate([_successor_ids(rows[index]) for index in scored]) if scored else NO_IDS,
+        num_ahead=num_ahead,
     )
 
 
@@ -123,11 +125,10 @@ def wave_draws(row_index: int, group: SequenceGroup, sequence: Sequence, wave: i
 
 def gather_samples(draws: list[Draw]) -> SamplingColumns:
     """The draws' parameters as columns."""
-    records = np.concatenate([draw.group.record for draw in draws]) if draws else NO_RECORDS
-    columns = sampling_record.columns(records)
-    columns["seeds_S"] = columns["seeds_S"] + np.array([draw.choice for draw in draws], dtype=np.uint64)
+    records = b"".join([draw.group.record for draw in draws])
+    columns, reads_text = _columns(records, tuple([draw.choice for draw in draws]))
     # Most steps have no draw that depends on more of its text than the last token: then there is nothing to look up.
-    lists = _text_lists(draws) if records["reads_text"].any() else _no_lists(len(draws))
+    lists = _text_lists(draws) if reads_text else _no_lists(len(draws))
     return SamplingColumns(
         rows_S=np.array([draw.row_index for draw in draws], dtype=np.int32),
         tokens_back_S=np.array([draw.num_tokens_back for draw in draws], dtype=np.int32),
@@ -136,6 +137,17 @@ def gather_samples(draws: list[Draw]) -> SamplingColumns:
         **columns,
         **lists,
     )
+
+
+@lru_cache(maxsize=4)
+def _columns(records: bytes, choices: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
+    """What does not change while the same draws follow one another, and whether one of them reads its text.
+
+    Only read, so all steps of the same draws share them.
+    """
+    columns, reads_text = sampling_record.columns(records)
+    columns["seeds_S"] = columns["seeds_S"] + np.array(choices, dtype=np.uint64)
+    return columns, reads_text
 
 
 def _text_lists(draws: list[Draw]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from gyrfalcon.engine.interface import EngineEvent, EngineRequest
 from gyrfalcon.engine.messages import Abort, Command, Report, Submit
-from gyrfalcon.errors import GenerationFailed, InvalidRequest
+from gyrfalcon.errors import GenerationFailed, InvalidRequest, QueueTimeout
 
 
 class Mailbox:
@@ -88,6 +88,9 @@ class EventRouter:
         for request_id, message in report.refusals.items():
             if mailbox := self._mailboxes.get(request_id):
                 mailbox.finish(InvalidRequest("parameters", message))
+        for request_id, message in report.overdue.items():
+            if mailbox := self._mailboxes.get(request_id):
+                mailbox.finish(QueueTimeout(message))
 
     def fail_all(self, error: Exception) -> None:
         """End every open request with this error, after the events it already has."""

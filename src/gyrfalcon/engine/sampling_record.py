@@ -1,17 +1,17 @@
-"""A request's parameters as one record of numbers, so that a step's columns are gathered with one concatenation."""
+"""A request's parameters as one record of numbers, so that a step's columns are gathered with one concatenation.
+
+A record is the bytes of a `RECORD`: equal parameters have equal records.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gyrfalcon.engine.interface import EngineRequest
 
 SEED_MASK = 2**64 - 1
-
-Record = npt.NDArray[Any]
 
 # Named as the columns of `runner.interface.SamplingColumns`, without their `_S`. Aligned, so that a column of several
 # records is an array like any other.
@@ -41,11 +41,9 @@ _COLUMNS: dict[str, type[np.generic]] = {
 }
 RECORD = np.dtype([*_COLUMNS.items(), ("reads_text", np.bool_)], align=True)
 
-NO_RECORDS: Record = np.empty(0, dtype=RECORD)
 
-
-def make_record(request: EngineRequest) -> Record:
-    """The request's record, as an array of one.
+def make_record(request: EngineRequest) -> bytes:
+    """The request's record.
 
     reads_text: whether what may follow depends on the text so far, beyond its last token.
     """
@@ -74,17 +72,19 @@ def make_record(request: EngineRequest) -> Record:
         "do_sample": params.do_sample,
         "remove_invalid": params.remove_invalid_values,
         "renormalize": params.renormalize_logits,
-        "is_plain": _is_plain(request),
+        "is_plain": is_plain(request),
         "reads_text": _reads_text(request),
     }
     for name, value in values.items():
         record[name] = value
-    return record
+    return record.tobytes()
 
 
-def columns(records: Record) -> dict[str, Any]:
-    """The records' columns under the names that `SamplingColumns` has."""
-    return {f"{name}_S": records[name] for name in _COLUMNS}
+def columns(records: bytes) -> tuple[dict[str, Any], bool]:
+    """The columns of records end to end, named as in `SamplingColumns`, and whether one of them reads its text."""
+    # torch computes with arrays that could be written to, which bytes could not.
+    found = np.frombuffer(bytearray(records), dtype=RECORD)
+    return {f"{name}_S": found[name] for name in _COLUMNS}, bool(found["reads_text"].any())
 
 
 def weighs_history(request: EngineRequest) -> bool:
@@ -95,7 +95,7 @@ def weighs_history(request: EngineRequest) -> bool:
     )
 
 
-def _is_plain(request: EngineRequest) -> bool:
+def is_plain(request: EngineRequest) -> bool:
     """Whether the likeliest token by the model's own logits is all that is asked for."""
     params = request.sampling
     changes_logits = _reads_text(request) or params.watermark or params.remove_invalid_values

@@ -108,6 +108,10 @@ class Scheduler:
         if group.is_finished:
             self.remove(group)
 
+    def overdue(self, now_s: float) -> list[SequenceGroup]:
+        """Those that wait and may not wait any longer."""
+        return [group for group in self._waiting if group.is_overdue(now_s)]
+
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
@@ -183,6 +187,27 @@ class Scheduler:
         """Free the blocks that hold nothing but rejected drafts; what lies in other blocks is written over."""
         for _ in range(len(sequence.blocks) - self._pool.num_blocks_for(sequence.num_computed_tokens)):
             self._pool.release(sequence.blocks.pop())
+
+    def make_room_ahead(self, rows: list[ScheduledRow], most: int) -> int:
+        """For how many further tokens each of the rows of a step has blocks now; above 0 only if all can run ahead.
+
+        Those are rows that decode and ask for nothing but the likeliest token: what comes next is known without us.
+        """
+        if self._max_draft_tokens > 0 or not all(row.group.is_plain and row.is_decoding for row in rows):
+            return 0
+        # The last token allowed is drawn, never run.
+        num_left = (row.group.request.max_new_tokens - row.group.num_generated(row.sequence) - 1 for row in rows)
+        num_ahead = min(most, *num_left)
+        if num_ahead <= 0:
+            return 0
+        missing = [
+            self._pool.num_blocks_for(row.sequence.num_tokens + num_ahead) - len(row.sequence.blocks) for row in rows
+        ]
+        if sum(missing) > self._pool.num_free:
+            return 0
+        for row, count in zip(rows, missing, strict=True):
+            row.sequence.blocks += [self._pool.allocate() for _ in range(count)]
+        return num_ahead
 
     # Blocks
 

@@ -9,7 +9,7 @@ import numpy as np
 from gyrfalcon.engine.beams import Search, make_search
 from gyrfalcon.engine.block_pool import block_key, first_parent
 from gyrfalcon.engine.interface import EngineRequest
-from gyrfalcon.engine.sampling_record import Record, make_record
+from gyrfalcon.engine.sampling_record import is_plain, make_record
 from gyrfalcon.engine.speculation import Drafter, NgramIndex
 
 
@@ -87,7 +87,8 @@ class SequenceGroup:
     request: EngineRequest
     arrival_s: float  # monotonic clock
     salt: str
-    record: Record = field(init=False)
+    record: bytes = field(init=False)  # of its parameters, see `sampling_record`
+    is_plain: bool = field(init=False)  # the model's likeliest tokens are all it asks for
     sequences: list[Sequence] = field(default_factory=list)
     ended_choices: set[int] = field(default_factory=set)
     started_s: float | None = None  # when its first token was first scheduled
@@ -102,6 +103,7 @@ class SequenceGroup:
     def __post_init__(self) -> None:
         request = self.request
         self.record = make_record(request)
+        self.is_plain = is_plain(request)
         self.search = make_search(request)
         choices = tuple(range(self.num_rows))
         self.sequences = [Sequence(request.prompt_ids, request.max_new_tokens, choices, self.salt)]
@@ -111,6 +113,11 @@ class SequenceGroup:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Whether its time to begin is over. What has begun has all the time it needs, also where it is preempted."""
+        most_s = self.request.begin_within_s
+        return self.started_s is None and most_s is not None and now_s - self.arrival_s >= most_s
 
     @property
     def num_live_choices(self) -> int:

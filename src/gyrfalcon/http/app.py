@@ -25,6 +25,7 @@ from gyrfalcon.http.header_limits import HeaderLimitMiddleware
 from gyrfalcon.http.keys import KeyStore
 from gyrfalcon.http.machine import read_machine, wants_machine
 from gyrfalcon.http.openapi import openapi_document
+from gyrfalcon.http.overload import OverloadMiddleware
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import json_response
 from gyrfalcon.metrics import METRICS_CONTENT_TYPE, Metrics
@@ -103,6 +104,13 @@ def create_app(
     platforms.PlatformRoutes(service, settings, metrics, dialect).add_routes(app)
     _answer_head_requests(app)
     app.add_exception_handler(HTTPException, _no_such_route)
+    # Innermost: who may not come in does not learn how full it is.
+    app.add_middleware(
+        OverloadMiddleware,
+        service=service,
+        routes={**tgi.GENERATING, **kaito.GENERATING, **platforms.generating(settings.predict_path)},
+        limits=settings.body_limits,
+    )
     app.add_middleware(DrainMiddleware, drain=drain, kaito_paths=kaito.PATHS, metrics=metrics)
     if keys.is_required:
         app.add_middleware(

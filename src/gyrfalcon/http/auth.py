@@ -95,7 +95,11 @@ class ApiKeyMiddleware:
 
 def caller_of(request: HTTPConnection) -> Caller:
     """On whose behalf the request is made."""
-    caller: Caller = request.scope.get(_CALLER) or Caller()
+    return caller_of_scope(request.scope)
+
+
+def caller_of_scope(scope: Scope) -> Caller:
+    caller: Caller = scope.get(_CALLER) or Caller()
     return caller
 
 

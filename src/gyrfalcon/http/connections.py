@@ -27,7 +27,7 @@ APPLICATION_FIRST_S = 1.0
 class ConnectionLimits:
     """max_per_address: None is no limit. max_header_bytes: of a request's line and headers as they arrive."""
 
-    max_connections: int = 1000
+    max_connections: int = 2000
     max_per_address: int | None = None
     max_header_bytes: int = 32 * 1024
     header_timeout_s: float = 10.0

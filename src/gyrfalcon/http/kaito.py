@@ -16,7 +16,14 @@ from starlette.responses import Response
 
 from gyrfalcon import errors
 from gyrfalcon.http.auth import caller_of
-from gyrfalcon.http.kaito_render import STOPPED_EVENT, failure, render_answer, render_deltas, render_error
+from gyrfalcon.http.kaito_render import (
+    STOPPED_EVENT,
+    failure,
+    render_answer,
+    render_deltas,
+    render_error,
+    render_failure,
+)
 from gyrfalcon.http.kaito_schema import (
     EXAMPLE,
     ChatEvent,
@@ -27,6 +34,7 @@ from gyrfalcon.http.kaito_schema import (
     Healthy,
 )
 from gyrfalcon.http.openapi import json_body
+from gyrfalcon.http.overload import GeneratingRoute, Streams
 from gyrfalcon.http.search_parameters import search_arguments
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.wire import (
@@ -58,6 +66,7 @@ MOST_EVENTS_OF_A_WRITE = 256
 # Types that no route declares: bodies are read by hand, events are written by hand.
 SCHEMAS = (ChatRequest, ChatEvent)
 PATHS = ("/chat", "/healthz")
+GENERATING = {"/chat": GeneratingRoute(render_failure, Streams.IF_ASKED)}
 ANSWER: dict[str, Any] = {
     "model": ChatResponse,
     "description": "The text; with `stream` a stream of events, one a token: `data: {json}`",

@@ -70,8 +70,14 @@ def clean_up_spaces(text: str) -> str:
 
 def failure(error: Exception) -> Response:
     """The answer to a request that failed, in this dialect."""
+    status, body, headers = render_failure(error)
+    return json_response(body, status, headers)
+
+
+def render_failure(error: Exception) -> tuple[int, dict[str, object], dict[str, str]]:
+    """An error's status, body and headers in this dialect."""
     status, detail, headers = render_error(error)
-    return json_response({"detail": detail}, status, headers)
+    return status, {"detail": detail}, headers
 
 
 def render_error(error: Exception) -> tuple[int, object, dict[str, str]]:

@@ -11,8 +11,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gyrfalcon.errors import SettingsError
+from gyrfalcon.http.overload import GeneratingRoute, Streams
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.tgi import LIST_OR_STREAM, TgiDialect, add_post
+from gyrfalcon.http.tgi_render import render_error
 from gyrfalcon.http.tgi_schema import VERTEX_EXAMPLE, CompatGenerateRequest, VertexRequest, VertexResponse
 from gyrfalcon.http.wire import WRONG_SHAPE, MalformedBody, cancel_all, json_response, parse_body, unless_gone
 from gyrfalcon.metrics import Metrics
@@ -96,6 +98,13 @@ class PlatformRoutes:
             {"model": VertexResponse},
             example=VERTEX_EXAMPLE,
         )
+
+
+def generating(predict_path: str | None) -> dict[str, GeneratingRoute]:
+    """The routes that generate. predict_path: that of the settings."""
+    vertex = GeneratingRoute(render_error, Streams.NEVER)
+    own = {} if predict_path is None else {predict_path: vertex}
+    return {"/invocations": GeneratingRoute(render_error, Streams.IF_ASKED), "/vertex": vertex, **own}
 
 
 def _refuse_openai(path: str, value: Any) -> None:

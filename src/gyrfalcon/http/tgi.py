@@ -17,6 +17,7 @@ from starlette.responses import Response
 from gyrfalcon import errors
 from gyrfalcon.http.auth import caller_of
 from gyrfalcon.http.openapi import json_body
+from gyrfalcon.http.overload import GeneratingRoute, Streams
 from gyrfalcon.http.search_parameters import search_arguments
 from gyrfalcon.http.settings import HttpSettings
 from gyrfalcon.http.tgi_render import (
@@ -64,6 +65,11 @@ MOST_EVENTS_OF_A_WRITE = 64
 NOT_HONOURED = ("grammar", "adapter_id")
 # Types that no route declares: bodies are read by hand, events are written by hand.
 SCHEMAS = (GenerateRequest, CompatGenerateRequest, StreamResponse, ChatTokenizeRequest)
+GENERATING = {
+    "/generate": GeneratingRoute(render_error, Streams.NEVER),
+    "/generate_stream": GeneratingRoute(render_error, Streams.ALWAYS),
+    "/": GeneratingRoute(render_error, Streams.IF_ASKED),
+}
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": description}

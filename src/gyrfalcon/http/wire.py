@@ -28,6 +28,9 @@ SHORT_BODY_BYTES = 32_768
 SHORT_ANSWER_VALUES = 2000
 LONGEST_QUOTE = 200  # characters of a caller's own text that an answer repeats
 PING = b": ping\n\n"
+# Of every stream: caches and proxies pass each event on at once.
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+STREAM_TYPE = "text/event-stream"
 LAST_WORDS_S = 1.0  # for a client to take them when the server ends
 
 NOT_JSON = "Failed to parse the request body as JSON"
@@ -163,7 +166,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 class EventStream(Response):
     """Writes chunks as they come, each whole, and a comment in silence; ends the work when nobody reads."""
 
-    media_type = "text/event-stream"
+    media_type = STREAM_TYPE
 
     def __init__(
         self,
@@ -181,12 +184,12 @@ class EventStream(Response):
         end: `disconnect`, `stall` or `shutdown`.
         """
         super().__init__(
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})},
+            headers={**STREAM_HEADERS, **(headers or {})},
             media_type=self.media_type,
         )
         # The type as the protocol states it, without a charset; the length is not known.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] not in {b"content-length", b"content-type"}]
-        self.raw_headers.append((b"content-type", b"text/event-stream"))
+        self.raw_headers.append((b"content-type", STREAM_TYPE.encode()))
         self._chunks = chunks
         self._ping_s = ping_s
         self._stall_s = stall_s

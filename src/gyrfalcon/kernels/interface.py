@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from gyrfalcon.kernels.quantised import QuantisedMatrix
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +36,65 @@ class AttentionInputs:
 
     Row r's query tokens are the packed tokens query_starts[r] : query_starts[r + 1]; they take the positions
     context_lens[r], context_lens[r] + 1, ... and see every position up to their own. Host arrays serve loops over
-    rows, device tensors serve kernels.
+    rows and the kernels in C++; tensors on the device are made of them where someone asks.
     """
 
-    query_starts: npt.NDArray[np.int32]  # [R + 1], host
-    context_lens: npt.NDArray[np.int32]  # [R], host; tokens in the cache before this step
-    block_tables_RW: Tensor  # int64, device; block of positions w*S .. w*S + S-1
-    slot_mapping_T: Tensor  # int64, device; flat slot (block * S + offset) of each token of the step
-    derived: dict[str, Any] = field(default_factory=dict, compare=False)
-    """What a table of operations works out from the rest in a step's first layer and keeps for the others."""
+    query_starts: npt.NDArray[np.int32]  # [R + 1]
+    context_lens: npt.NDArray[np.int32]  # [R]; tokens in the cache before this step
+    block_tables: npt.NDArray[np.int32]  # [R, W]; block of positions w*S .. w*S + S-1
+    block_size: int
+    device: torch.device
+    derived: dict[str, Any] = field(default_factory=dict, compare=False)  # see `once`
+
+    @property
+    def token_rows(self) -> npt.NDArray[np.int32]:
+        """The row of each token of the step."""
+        return self.once("token rows", self._find_token_rows)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int32]:
+        """The position of each token of the step."""
+        return self.once("positions", self._find_positions)
+
+    @property
+    def device_tables(self) -> Tensor:
+        """The block tables, int64, on the device."""
+        return self.once("tables", lambda: torch.from_numpy(self.block_tables).to(self.device, torch.int64))
+
+    @property
+    def slot_mapping(self) -> Tensor:
+        """The flat slot (block * S + offset) of each token of the step, int64, on the device."""
+        return self.once("slots", self._find_slots)
+
+    def once(self, name: str, find: Callable[[], Derived]) -> Derived:
+        """What `find` gives, worked out where it is first asked for and kept for the other layers."""
+        if name not in self.derived:
+            self.derived[name] = find()
+        return cast(Derived, self.derived[name])
+
+    def one_further(self) -> AttentionInputs:
+        """Those of the next step, where each row has one token in both."""
+        return AttentionInputs(
+            self.query_starts, self.context_lens + np.int32(1), self.block_tables, self.block_size, self.device
+        )
+
+    @property
+    def _is_one_token_a_row(self) -> bool:
+        return bool(self.query_starts[-1] == len(self.context_lens))  # no row is without a token
+
+    def _find_token_rows(self) -> npt.NDArray[np.int32]:
+        rows_R = np.arange(len(self.context_lens), dtype=np.int32)
+        return rows_R if self._is_one_token_a_row else np.repeat(rows_R, np.diff(self.query_starts))
+
+    def _find_positions(self) -> npt.NDArray[np.int32]:
+        if self._is_one_token_a_row:
+            return self.context_lens
+        offsets_T = np.arange(self.query_starts[-1], dtype=np.int32) - self.query_starts[self.token_rows]
+        return offsets_T + self.context_lens[self.token_rows]
+
+    def _find_slots(self) -> Tensor:
+        blocks_T = self.block_tables[self.token_rows, self.positions // self.block_size].astype(np.int64)
+        return torch.from_numpy(blocks_T * self.block_size + self.positions % self.block_size).to(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +181,26 @@ class FusedDecoder(Protocol):
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
     ) -> Tensor:
-        """Hidden states after the final norm, [T, D] float32; keys and values are stored on the way."""
+        """Hidden states after the final norm, [T, D] float32; keys and values are stored on the way.
+
+        ids_T, positions_T: int32 or int64.
+        """
+        ...
+
+    def choose_next(
+        self,
+        ids: npt.NDArray[np.int32],
+        inputs: AttentionInputs,
+        caches: Sequence[LayerCache],
+        tokens: npt.NDArray[np.int32],
+        num_ahead: int = 0,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """`forward` of all ids, then `choose_greedy` by the `logits` of the step's `tokens`, at once: [1 + ahead, S].
+
+        num_ahead: further steps, each of which runs the tokens chosen before it. Then every row has one token, `tokens`
+        are all of them in order, and the block tables have room for those to come. After a -1 a row's results say
+        nothing.
+        """
         ...
 
     def logits(self, hidden_SD: Tensor) -> Tensor:

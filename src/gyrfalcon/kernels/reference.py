@@ -193,7 +193,7 @@ class ReferenceOps:
                 inputs.derived["reference decodes"] = _plan_decodes(inputs, cache, decoding)
             _attend_decodes(q_TKGE, out_TKGE, cache, inputs.derived["reference decodes"], bias)
         if (prefilling := np.flatnonzero(query_lens > 1)).size:
-            tables_RW = _cut_into_partitions(inputs.block_tables_RW, cache)
+            tables_RW = _cut_into_partitions(inputs.device_tables, cache)
             for row in prefilling:
                 _attend_prefill(q_TKGE, out_TKGE, cache, inputs, int(row), tables_RW, bias)
         return out_TKGE.view(num_tokens, num_heads, head_size).to(q_THE.dtype)
@@ -234,8 +234,8 @@ def _plan_decodes(inputs: AttentionInputs, cache: LayerCache, rows: _Rows) -> _D
     # Longest first: the rows that reach a partition are then the first ones, those that end inside it the last ones.
     rows = rows[np.argsort(-inputs.context_lens[rows], kind="stable")]
     own_positions = inputs.context_lens[rows]
-    device = inputs.block_tables_RW.device
-    tables_NW = _cut_into_partitions(inputs.block_tables_RW, cache)[torch.from_numpy(rows.astype(np.int64)).to(device)]
+    device = inputs.device_tables.device
+    tables_NW = _cut_into_partitions(inputs.device_tables, cache)[torch.from_numpy(rows.astype(np.int64)).to(device)]
     own_positions_N = torch.from_numpy(own_positions.astype(np.int64)).to(device)
     width = _partition_width(cache)
     rows_at_once = max(1, _GATHERED_ELEMENTS // (width * cache.k_BSKE.shape[2] * cache.k_BSKE.shape[3]))

@@ -37,7 +37,7 @@ class Attention:
         if rotation is not None:
             queries_and_keys_TNE = ops.rotate(queries_and_keys_TNE, rotation.cos_TE, rotation.sin_TE)
         q_THE, k_TKE = torch.split(queries_and_keys_TNE, [self.num_heads, self.num_kv_heads], 1)
-        ops.write_kv(k_TKE, v_TKE, cache, inputs.slot_mapping_T)
+        ops.write_kv(k_TKE, v_TKE, cache, inputs.slot_mapping)
         scale = self.head_size**-0.5
         attended_THE = ops.attend(q_THE, cache, inputs, scale, self.alibi_slopes_H)
         return self.output.forward(attended_THE.flatten(1), ops)

@@ -101,6 +101,25 @@ class Decoder:
             x_TD = block.forward(x_TD, turn, inputs, cache, ops)
         return self.final_norm.forward(x_TD, ops)
 
+    def choose_next(
+        self,
+        ids: npt.NDArray[np.int32],
+        inputs: AttentionInputs,
+        caches: Sequence[LayerCache],
+        tokens: npt.NDArray[np.int32],
+        num_ahead: int = 0,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        chosen = []
+        for _ in range(1 + num_ahead):
+            ids_T, positions_T, tokens_S = (
+                torch.from_numpy(values).to(inputs.device, torch.int64) for values in (ids, inputs.positions, tokens)
+            )
+            hidden_TD = self.forward(ids_T, positions_T, inputs, caches)
+            chosen.append(self.choose_greedy(self.logits(hidden_TD[tokens_S])))
+            if len(chosen) <= num_ahead:
+                ids, inputs = np.maximum(chosen[-1][0], 0), inputs.one_further()
+        return np.stack([ids for ids, _ in chosen]), np.stack([logprobs for _, logprobs in chosen])
+
     def logits(self, hidden_SD: Tensor) -> Tensor:
         return self.head.forward(hidden_SD, self.ops).float()
 
@@ -139,6 +158,21 @@ class CausalLM:
         ids_T and positions_T: int64, on the model's device. Keys and values of the step are written to `caches`.
         """
         return self._decoder.forward(ids_T, positions_T, inputs, caches)
+
+    def choose_next(
+        self,
+        ids: npt.NDArray[np.int32],
+        inputs: AttentionInputs,
+        caches: Sequence[LayerCache],
+        tokens: npt.NDArray[np.int32],
+        num_ahead: int = 0,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The likeliest successor of each of the step's `tokens` and its log-probability; -1 where there is none.
+
+        `forward`, `logits` and `choose_greedy` in one, with the same bits, and again for what was chosen:
+        [1 + num_ahead, S], as `FusedDecoder` says.
+        """
+        return self._decoder.choose_next(ids, inputs, caches, tokens, num_ahead)
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Scores of every vocabulary entry: [S, V], float32."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def choose_or_propose(rows: RowLogits, columns: SamplingColumns, choose_greedy: 
         token_ids_S[plain_S] = ids_N[of_sample[plain_S]]
         logprobs_S[plain_S] = logprobs_N[of_sample[plain_S]]
         if plain_S.all():
-            return _tokens_alone(token_ids_S, logprobs_S)
+            return tokens_alone(token_ids_S, logprobs_S)
 
     scores_SV = rows.logits_NV[torch.from_numpy(of_sample).to(rows.logits_NV.device)]
     beams = np.flatnonzero(columns.num_candidates_S > 0)
@@ -85,10 +86,9 @@ def choose_or_propose(rows: RowLogits, columns: SamplingColumns, choose_greedy: 
     return _result(token_ids_S, logprobs_S, top, proposed)
 
 
-def _tokens_alone(token_ids_S: Ints, logprobs_S: Floats) -> StepResult:
+def tokens_alone(token_ids_S: Ints, logprobs_S: Floats) -> StepResult:
     """A result with nothing but a token for every sample."""
-    num_samples = len(token_ids_S)
-    none = ProposedTokens.none(num_samples)
+    none = _no_proposals(len(token_ids_S))
     return StepResult(
         token_ids_S=token_ids_S,
         logprobs_S=logprobs_S,
@@ -98,6 +98,12 @@ def _tokens_alone(token_ids_S: Ints, logprobs_S: Floats) -> StepResult:
         scored_logprobs=none.scores,
         proposed=none,
     )
+
+
+@lru_cache(maxsize=64)
+def _no_proposals(num_samples: int) -> ProposedTokens:
+    """Only read, so all steps of this many samples share them."""
+    return ProposedTokens.none(num_samples)
 
 
 def _result(

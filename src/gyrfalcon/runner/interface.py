@@ -124,6 +124,12 @@ class StepPlan:
     kept_rows: Ints  # rows whose logits `choose` will be asked about after this step
     scored_rows: Ints  # rows whose query tokens' successors are scored (prompt log-probabilities)
     scored_ids: Ints  # for each scored row, the id after each of its query tokens, packed; -1 where unknown
+    num_ahead: int = 0
+    """Further steps to run at once, in which every row runs the token chosen for it in the one before.
+
+    Above 0 only where the executor can run ahead, every row has one token and one sample, in their order, all samples
+    are plain and nothing else is asked for. The block tables have room for those tokens.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +166,9 @@ class StepResult:
     top_starts: Longs  # [S + 1]
     scored_logprobs: Floats  # parallel to the plan's `scored_ids`; NaN where the id was -1
     proposed: ProposedTokens
-    forward_s: float = 0.0  # seconds in the model
+    forward_s: float = 0.0  # seconds in the model, with the choice where the model makes it on its way
     sample_s: float = 0.0  # seconds from hidden states to chosen tokens and scores
+    ahead: tuple[StepResult, ...] = ()  # of the steps run ahead, in order; their times are in this one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +184,7 @@ class ExecutorFacts:
     num_parameters: int
     dtype: str
     device: str
+    can_run_ahead: bool = False  # whether a plan may have `num_ahead` above 0
 
 
 class Executor(Protocol):

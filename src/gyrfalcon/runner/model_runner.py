@@ -21,8 +21,8 @@ from gyrfalcon.memory import free_bytes
 from gyrfalcon.models.decoder import CausalLM
 from gyrfalcon.models.registry import load_model
 from gyrfalcon.runner.batch import ForwardBatch, make_batch
-from gyrfalcon.runner.choosing import RowLogits, choose_or_propose
-from gyrfalcon.runner.interface import ExecutorFacts, Floats, SamplingColumns, StepPlan, StepResult
+from gyrfalcon.runner.choosing import RowLogits, choose_or_propose, tokens_alone
+from gyrfalcon.runner.interface import ExecutorFacts, Floats, Ints, SamplingColumns, StepPlan, StepResult
 from gyrfalcon.runner.kv_cache import CacheShape, allocate_cache
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class ModelRunner:
         """num_blocks: of the cache, the padding block included. fault: what is to go wrong, in tests."""
         self._model = model
         self._fault = fault
-        self._device = device
+        self._device = torch.device(device)
         self._ops = select_ops(device)
         shape = cache_shape(model, block_size)
         self._caches = allocate_cache(shape, num_blocks, device)
@@ -55,6 +55,7 @@ class ModelRunner:
             num_parameters=model.num_parameters,
             dtype=str(model.dtype).removeprefix("torch."),
             device=device,
+            can_run_ahead=fault is None,
         )
 
     @torch.inference_mode()
@@ -63,8 +64,11 @@ class ModelRunner:
         if self._fault is not None:
             self._fault.strike(plan.token_ids_T)
         batch = make_batch(plan, self.facts.block_size, self._device)
-        self._copy_blocks(batch)
-        hidden_TD = self._model.forward(batch.ids_T, batch.positions_T, batch.attention, self._caches)
+        self._copy_blocks(plan)
+        if self._is_plain(plan):
+            return self._choose_next(plan, batch, started_s)
+        ids_T, positions_T = self._to_device(batch.ids_T), self._to_device(batch.attention.positions)
+        hidden_TD = self._model.forward(ids_T, positions_T, batch.attention, self._caches)
         forward_end_s = time.perf_counter()
         logits = self._wanted_logits(plan, batch, hidden_TD)
         self._kept = logits if len(plan.kept_rows) else None
@@ -85,14 +89,33 @@ class ModelRunner:
         self._caches = []
         self._kept = None
 
-    def _copy_blocks(self, batch: ForwardBatch) -> None:
-        if len(batch.copy_sources_C):
+    def _to_device(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self._device, torch.int64)
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        if len(plan.block_copies_C2):
+            sources_C, targets_C = self._to_device(plan.block_copies_C2).unbind(1)
             for cache in self._caches:
-                self._ops.copy_blocks(cache, batch.copy_sources_C, batch.copy_targets_C)
+                self._ops.copy_blocks(cache, sources_C, targets_C)
+
+    def _is_plain(self, plan: StepPlan) -> bool:
+        """Whether the likeliest tokens are all that is asked for; of a step to be spoilt they are not."""
+        asks_more = len(plan.kept_rows) or len(plan.scored_rows) or self._fault is not None
+        return not asks_more and bool(plan.samples.is_plain_S.all())
+
+    def _choose_next(self, plan: StepPlan, batch: ForwardBatch, started_s: float) -> StepResult:
+        """The same as the long way gives, without anything of it coming to light but the tokens."""
+        tokens_S = batch.last_tokens_R[plan.samples.rows_S] - plan.samples.tokens_back_S
+        self._kept = None
+        ids_AS, logprobs_AS = self._model.choose_next(
+            batch.ids_T, batch.attention, self._caches, tokens_S, plan.num_ahead
+        )
+        first, *ahead = map(tokens_alone, ids_AS, logprobs_AS)
+        return dataclasses.replace(first, forward_s=time.perf_counter() - started_s, ahead=tuple(ahead))
 
     def _wanted_logits(self, plan: StepPlan, batch: ForwardBatch, hidden_TD: Tensor) -> RowLogits:
         """Logits of the tokens that something is drawn after, now or later; once, however often that is."""
-        last_tokens_R = batch.attention.query_starts[1:] - 1
+        last_tokens_R = batch.last_tokens_R
         drawn_S = last_tokens_R[plan.samples.rows_S] - plan.samples.tokens_back_S
         tokens_N = drawn_S
         if len(plan.kept_rows) or (drawn_S[1:] <= drawn_S[:-1]).any():

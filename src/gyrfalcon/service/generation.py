@@ -18,10 +18,12 @@ from gyrfalcon.service.admission import (
     QUEUED_CACHEFULS,
     Admission,
     QueueLimits,
+    RefusalLog,
     TurnQueue,
 )
 from gyrfalcon.service.detokenizer import Detokenizer
 from gyrfalcon.service.interface import (
+    Caller,
     ChatPrompt,
     Choice,
     ChoiceEnd,
@@ -90,6 +92,7 @@ class GenerationService:
         self._logs_prompts = logs_prompts
         self._renderer = renderer or TemplateThread()
         self._admission = Admission(max_concurrent_requests)
+        self._queue_timeout_s = queue_timeout_s
         self._queues = {
             model.name: TurnQueue(
                 _queue_limits(model, queue_timeout_s, max_queued_tokens),
@@ -97,6 +100,7 @@ class GenerationService:
             )
             for model in models.all
         }
+        self._refusal_log = RefusalLog()
         self._cache_generation = 0
 
     @property
@@ -105,6 +109,18 @@ class GenerationService:
 
     def resolve(self, model: str | None) -> ModelInfo:
         return self._models.resolve(model).info
+
+    def turn_away(self, caller: Caller, trace_headers: tuple[tuple[str, str], ...] = ()) -> errors.Overloaded | None:
+        # Which model is meant is not known yet: it could be one that has room.
+        refusal = self._admission.refusal(would_wait=all(queue.is_busy for queue in self._queues.values()))
+        if refusal is None:
+            of_models = [queue.refusal() for queue in self._queues.values()]
+            refusal = of_models[0] if all(of_models) else None
+        if refusal is not None:
+            self._metrics.request_begins()
+            self._metrics.request_failed("overloaded")
+            self._refusal_log.add(caller, lambda: self._log(_record_of_refusal(caller, trace_headers)))
+        return refusal
 
     async def stream(self, call: GenerateCall) -> AsyncGenerator[list[Delta], None]:
         async with self._run(call, is_stream=True) as run, aclosing(run.deltas()) as batches:
@@ -175,6 +191,7 @@ class GenerationService:
         self._cache_generation += 1
 
     async def close(self) -> None:
+        self._refusal_log.flush()
         await asyncio.gather(*(model.engine.close() for model in self._models.all), self._renderer.close())
 
     @asynccontextmanager
@@ -200,7 +217,9 @@ class GenerationService:
                 )
                 async with turn as waited_s:
                     record.turn_s = waited_s
-                    yield Run(valid, prompt, model, record, self._cache_salt(call))
+                    # The engine may be short of cache all the same: what is left of the time, the request waits there.
+                    begin_within_s = max(self._queue_timeout_s - waited_s, 0.0)
+                    yield Run(valid, prompt, model, record, self._cache_salt(call), begin_within_s)
                     record.outcome = "success"
         except errors.TemplateError:
             record.outcome = "template"
@@ -223,7 +242,14 @@ class GenerationService:
         finally:
             ended = record.freeze()
             self._metrics.request_ends(ended)
-            log_request(ended, self._tracer.trace(ended) if self._tracer else trace_id_of(ended.trace_headers))
+            if ended.outcome == "overloaded":
+                self._refusal_log.add(call.caller, lambda: self._log(ended))
+            else:
+                self._log(ended)
+
+    def _log(self, ended: RequestRecord) -> None:
+        """Write the request's line, and its spans where there are any."""
+        log_request(ended, self._tracer.trace(ended) if self._tracer else trace_id_of(ended.trace_headers))
 
     async def _tokenize(self, valid: ValidCall, model: ServedModel) -> FittedPrompt:
         """The call's prompt as ids that fit. Text ends here: below are token ids."""
@@ -257,7 +283,13 @@ class Run:
     """One admitted call: what goes to the engine, and what comes back made into text."""
 
     def __init__(
-        self, valid: ValidCall, prompt: FittedPrompt, model: ServedModel, record: _Record, cache_salt: str
+        self,
+        valid: ValidCall,
+        prompt: FittedPrompt,
+        model: ServedModel,
+        record: _Record,
+        cache_salt: str,
+        begin_within_s: float,
     ) -> None:
         self.num_choices = valid.num_choices
         self._valid = valid
@@ -265,6 +297,7 @@ class Run:
         self._model = model
         self._record = record
         self._cache_salt = cache_salt
+        self._begin_within_s = begin_within_s
         self._prompt_logprobs: tuple[float | None, ...] | None = None
         self._texts = [Detokenizer(model.tokenizer, prompt.ids, valid.call.stop) for _ in range(valid.num_choices)]
         self._num_tokens = [0] * valid.num_choices
@@ -331,6 +364,7 @@ class Run:
                 prompt_logprobs=call.prompt_logprobs,
                 top_n=self._valid.top_n,
                 cache_salt=self._cache_salt,
+                begin_within_s=self._begin_within_s,
             )
         )
 
@@ -445,11 +479,34 @@ class _Record:
         )
 
 
+def _record_of_refusal(caller: Caller, trace_headers: tuple[tuple[str, str], ...]) -> RequestRecord:
+    """Of a request that was turned away before it was read."""
+    return RequestRecord(
+        request_id=new_request_id(),
+        outcome="overloaded",
+        requested_model=None,
+        model=None,
+        is_chat=False,
+        num_choices=None,
+        num_prompt_tokens=None,
+        max_new_tokens=None,
+        num_generated_tokens=0,
+        finish_reason=None,
+        validation_s=None,
+        queue_s=None,
+        first_token_s=None,
+        total_s=0.0,
+        trace_headers=trace_headers,
+        caller=caller.name or None,
+    )
+
+
 def _queue_limits(model: ServedModel, timeout_s: float, max_queued_tokens: int | None) -> QueueLimits:
     limits, cache_tokens = model.limits, model.engine.facts.cache_tokens
     return QueueLimits(
         max_sequences=limits.max_batch_size + max(1, limits.max_batch_size // LOOKAHEAD_PART),
         max_tokens=CACHE_OVERCOMMIT * cache_tokens,
+        batch_size=limits.max_batch_size,
         max_queued_tokens=max_queued_tokens or QUEUED_CACHEFULS * cache_tokens,
         timeout_s=timeout_s,
     )

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from gyrfalcon.engine.interface import EngineHealth, EngineState, EngineStats, FinishReason
+from gyrfalcon.errors import Overloaded
 
 __all__ = [
     "Caller",
@@ -324,6 +325,13 @@ class TextService(Protocol):
 
     def resolve(self, model: str | None) -> ModelInfo:
         """The model that a request naming `model` runs on. Raises UnknownModel."""
+        ...
+
+    def turn_away(self, caller: Caller, trace_headers: tuple[tuple[str, str], ...] = ()) -> Overloaded | None:
+        """Why a call that comes now is to be turned away, whatever it asks for; None where there may be room for it.
+
+        What is not None is recorded as a request that has failed with it.
+        """
         ...
 
     def stream(self, call: GenerateCall) -> AsyncGenerator[list[Delta], None]:

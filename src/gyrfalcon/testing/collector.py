@@ -18,6 +18,7 @@ class Collector:
         self.prompts: dict[str, PromptEvent] = {}
         self.finished: list[str] = []
         self.failures: dict[str, str] = {}
+        self.overdue: dict[str, str] = {}
 
     def submit(self, wanted: EngineRequest) -> None:
         outcome = StepOutcome()
@@ -51,6 +52,7 @@ class Collector:
                         self.reasons[request_id][event.choice] = event.finish_reason
         self.finished += outcome.finished
         self.failures.update(outcome.failures | outcome.refusals)
+        self.overdue.update(outcome.overdue)
 
     def run(self, most_steps: int = 2000) -> None:
         """Step until nothing is left to do."""

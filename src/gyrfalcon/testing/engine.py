@@ -19,7 +19,7 @@ from gyrfalcon.engine.interface import (
     PromptEvent,
     TokenEvent,
 )
-from gyrfalcon.errors import EngineDead, GenerationFailed
+from gyrfalcon.errors import EngineDead, GenerationFailed, QueueTimeout
 
 
 class FakeEngine:
@@ -77,7 +77,7 @@ class FakeEngine:
         live = set(range(request.num_choices))
         self._waiting.add(request.request_id)
         try:
-            await asyncio.sleep(self._start_s)
+            await self._wait_for_turn(request)
             self._waiting.discard(request.request_id)
             self._live[request.request_id] = live
             self._prefill_tokens += len(request.prompt_ids)
@@ -124,6 +124,12 @@ class FakeEngine:
     def die(self) -> None:
         """End as a killed process does: what runs fails at its next step."""
         self.state = EngineState.DEAD
+
+    async def _wait_for_turn(self, request: EngineRequest) -> None:
+        most_s = request.begin_within_s
+        await asyncio.sleep(self._start_s if most_s is None else min(self._start_s, most_s))
+        if most_s is not None and most_s < self._start_s:
+            raise QueueTimeout(f"the fake engine begins after {self._start_s:g} seconds, the request waits {most_s:g}")
 
     def _require_alive(self) -> None:
         if self.state is EngineState.DEAD:

@@ -34,6 +34,7 @@ class FakeExecutor:
         block_size: int = 4,
         vocab_size: int = 100,
         max_context: int = 1000,
+        can_run_ahead: bool = False,
         before_step: Callable[[StepPlan], None] = lambda plan: None,
     ) -> None:
         self.facts = ExecutorFacts(
@@ -46,6 +47,7 @@ class FakeExecutor:
             num_parameters=0,
             dtype="float32",
             device="cpu",
+            can_run_ahead=can_run_ahead,
         )
         self._cache = np.full((num_blocks, block_size), UNWRITTEN, dtype=np.int32)
         self._before_step = before_step
@@ -55,6 +57,17 @@ class FakeExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         self._before_step(plan)
+        result = self._run(plan)
+        ahead: list[StepResult] = []
+        for _ in range(plan.num_ahead):
+            newest = ahead[-1] if ahead else result
+            plan = dataclasses.replace(
+                plan, context_lens_R=plan.context_lens_R + 1, token_ids_T=newest.token_ids_S.copy()
+            )
+            ahead.append(self._run(plan))
+        return dataclasses.replace(result, ahead=tuple(ahead))
+
+    def _run(self, plan: StepPlan) -> StepResult:
         block_size = self.facts.block_size
         sources, targets = plan.block_copies_C2.T
         self._cache[targets] = self._cache[sources]

@@ -46,15 +46,11 @@ class PagedRows:
         rows = list(counts)
         contexts = np.array([self.lengths[row] for row in rows], dtype=np.int32)
         positions = [np.arange(self.lengths[row], self.lengths[row] + count) for row, count in counts.items()]
-        slots = [
-            self._tables[row][taken // self._block_size] * self._block_size + taken % self._block_size
-            for row, taken in zip(rows, positions, strict=True)
-        ]
         for row, count in counts.items():
             self.lengths[row] += count
         # As wide as the longest row needs, like a step's tables; shorter rows are padded with block 0.
         used = [-(-self.lengths[row] // self._block_size) for row in rows]
-        tables = np.zeros((len(rows), max(used)), dtype=np.int64)
+        tables = np.zeros((len(rows), max(used)), dtype=np.int32)
         for index, (row, width) in enumerate(zip(rows, used, strict=True)):
             tables[index, :width] = self._tables[row, :width]
         return PagedStep(
@@ -63,7 +59,8 @@ class PagedRows:
             attention=AttentionInputs(
                 query_starts=np.cumsum([0, *counts.values()], dtype=np.int32),
                 context_lens=contexts,
-                block_tables_RW=torch.from_numpy(tables),
-                slot_mapping_T=torch.from_numpy(np.concatenate(slots)),
+                block_tables=tables,
+                block_size=self._block_size,
+                device=torch.device("cpu"),
             ),
         )

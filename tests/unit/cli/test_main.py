@@ -49,6 +49,12 @@ def test_help_and_catalogue_load_nothing_heavy(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr.strip()) == (0, "loaded:")
 
 
+def test_the_main_module_alone_brings_no_command_line() -> None:
+    """Every child process imports it once more."""
+    program = "import sys, gyrfalcon.__main__; sys.exit('typer' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -74,6 +74,80 @@ def test_the_length_limit_is_reported_before_a_stop_id_on_the_same_token() -> No
     assert run.reasons["a"] == {0: FinishReason.LENGTH}
 
 
+def ready_core(executor: FakeExecutor, **limits: int | bool) -> EngineCore:
+    """A core that has measured a step: the fake's are so short that many fit into AHEAD_S."""
+    core = make_core(executor, **limits)
+    core.warm_up()
+    executor.plans.clear()
+    return core
+
+
+def test_short_greedy_steps_run_several_at_once() -> None:
+    executor = FakeExecutor(can_run_ahead=True)
+    run = Collector(ready_core(executor))
+    wanted = [request("a", (1, 2, 3), 20), request("b", (4, 5), 20)]
+    for one in wanted:
+        run.submit(one)
+    run.run()
+    assert [run.tokens[one.request_id] for one in wanted] == [expected(one) for one in wanted]
+    # The prompts' step draws the first of 20 tokens; 8 at once follow as long as so many may still come.
+    assert [plan.num_ahead for plan in executor.plans] == [0, 7, 7, 2]
+    assert run.core.stats().cache_usage == 0.0
+    assert run.core.stats().decode_tokens == 40
+
+
+@pytest.mark.parametrize(
+    "others", [{"sampling": SAMPLED}, {"top_n": 2}, {"min_new_tokens": 3}, {"beams": BeamParams(num_beams=2)}]
+)
+def test_who_asks_for_more_than_the_likeliest_token_keeps_all_from_running_ahead(others: dict[str, object]) -> None:
+    executor = FakeExecutor(can_run_ahead=True, num_blocks=100)
+    run = Collector(ready_core(executor))
+    run.submit(request("plain", (1, 2, 3), 12))
+    run.submit(request("other", (4, 5), 12, **others))
+    run.run()
+    assert run.tokens["plain"] == expected(request("plain", (1, 2, 3), 12))
+    assert all(plan.num_ahead == 0 for plan in executor.plans if len(plan.query_lens_R) > 1)
+
+
+def test_nothing_runs_ahead_where_steps_are_long_or_the_executor_cannot() -> None:
+    now_s = iter(np.arange(10_000) * 0.0015)
+    slow = EngineCore(FakeExecutor(can_run_ahead=True), CoreLimits(token_budget=16), clock=lambda: float(next(now_s)))
+    slow.warm_up()
+    for core in (slow, ready_core(FakeExecutor())):
+        run = Collector(core)
+        run.submit(request("a", (1, 2, 3), 9))
+        run.step()
+        run.step()
+        assert len(run.tokens["a"][0]) == 2
+
+
+def test_a_stop_id_among_the_tokens_run_ahead_ends_the_choice_there() -> None:
+    free = fake_continuation((1, 2, 3), 9)
+    run = Collector(ready_core(FakeExecutor(can_run_ahead=True)))
+    run.submit(request("a", (1, 2, 3), 9, stop_token_ids=(free[4],)))
+    run.submit(request("b", (7,), 9))
+    run.run()
+    assert run.tokens == {"a": [free[:5]], "b": [fake_continuation((7,), 9)]}
+    assert run.reasons["a"] == {0: FinishReason.EOS}
+    assert run.core.stats().cache_usage == 0.0
+
+
+def test_a_step_that_fails_ahead_is_done_again_request_by_request() -> None:
+    num_failures = iter([True])
+
+    def fail_once(plan: StepPlan) -> None:
+        if plan.num_ahead and next(num_failures, False):
+            raise RuntimeError("the device is gone")
+
+    run = Collector(ready_core(FakeExecutor(can_run_ahead=True, before_step=fail_once)))
+    wanted = [request("a", (1, 2, 3), 20), request("b", (4, 5), 20)]
+    for one in wanted:
+        run.submit(one)
+    run.run()
+    assert not run.failures
+    assert [run.tokens[one.request_id] for one in wanted] == [expected(one) for one in wanted]
+
+
 def test_choices_share_the_prompt_and_copy_only_the_block_they_write() -> None:
     executor = FakeExecutor(block_size=4)
     run = Collector(make_core(executor))
@@ -207,7 +281,7 @@ def requests(draw: st.DrawFn) -> EngineRequest:
         draw(prompts),
         draw(st.integers(1, 12)),
         num_choices=draw(st.sampled_from([1, 1, 2, 3])),
-        sampling=SamplingParams(do_sample=True, seed=draw(st.integers(0, 3))),
+        sampling=SamplingParams(do_sample=draw(st.booleans()), seed=draw(st.integers(0, 3))),
         stop_token_ids=tuple(draw(st.lists(st.integers(0, 99), max_size=4))),
         prompt_logprobs=draw(st.booleans()),
         cache_salt=draw(st.sampled_from(["", "salt"])),
@@ -220,13 +294,15 @@ def requests(draw: st.DrawFn) -> EngineRequest:
     num_spare_blocks=st.integers(0, 6),
     token_budget=st.integers(4, 9),
     prefix_caching=st.booleans(),
+    runs_ahead=st.booleans(),
 )
 def test_every_request_gets_its_own_tokens_however_short_the_cache(
-    wanted: list[EngineRequest], num_spare_blocks: int, token_budget: int, prefix_caching: bool
+    wanted: list[EngineRequest], num_spare_blocks: int, token_budget: int, prefix_caching: bool, runs_ahead: bool
 ) -> None:
     most_needed = max(one.num_choices * -(-(len(one.prompt_ids) + one.max_new_tokens) // 2) for one in wanted)
-    executor = FakeExecutor(num_blocks=1 + most_needed + num_spare_blocks, block_size=2)
-    core = make_core(executor, token_budget=token_budget, max_rows=4, prefix_caching=prefix_caching)
+    num_blocks = 1 + most_needed + num_spare_blocks
+    executor = FakeExecutor(num_blocks=num_blocks, block_size=2, can_run_ahead=runs_ahead)
+    core = ready_core(executor, token_budget=token_budget, max_rows=4, prefix_caching=prefix_caching)
     run = Collector(core)
     for one in wanted:
         run.submit(one)

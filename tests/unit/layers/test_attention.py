@@ -37,5 +37,5 @@ def test_queries_keys_and_values_are_the_three_parts_of_one_product(is_rotary: b
         q_THE.transpose(0, 1), k_TKE.transpose(0, 1), v_TKE.transpose(0, 1), is_causal=True, enable_gqa=True
     )
     torch.testing.assert_close(found_TD, attended.transpose(0, 1).flatten(1) @ out_DO.t(), rtol=1e-4, atol=1e-4)
-    stored_SKE = cache.k_BSKE.flatten(0, 1)[step.attention.slot_mapping_T]
+    stored_SKE = cache.k_BSKE.flatten(0, 1)[step.attention.slot_mapping]
     torch.testing.assert_close(stored_SKE, k_TKE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import AsyncExitStack
 
 import pytest
@@ -10,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyrfalcon.errors import Overloaded, QueueTimeout
-from gyrfalcon.service.admission import Admission, QueueLimits, TurnQueue
+from gyrfalcon.service.admission import REFUSAL_LINES_PER_S, Admission, QueueLimits, RefusalLog, TurnQueue
 from gyrfalcon.service.interface import Caller
 
 ANYONE = Caller()
-LIMITS = QueueLimits(max_sequences=4, max_tokens=100, max_queued_tokens=50, timeout_s=5.0)
+LIMITS = QueueLimits(max_sequences=4, max_tokens=100, batch_size=3, max_queued_tokens=50, timeout_s=5.0)
 
 
 class Turns:
@@ -135,6 +136,30 @@ async def test_too_many_waiting_tokens_are_overload() -> None:
     assert turns.depths[-1] == (2, 50)
 
 
+async def test_a_full_batch_makes_the_next_one_wait() -> None:
+    turns = Turns()
+    await turns.add(sequences=2)
+    assert not turns.queue.is_busy
+    await turns.add()
+    assert turns.queue.is_busy  # though the engine would take one more, to have it at hand
+    await turns.end(1)
+    assert not turns.queue.is_busy
+    await turns.add(sequences=3)
+    assert turns.begun == [0, 1]
+    assert turns.queue.is_busy
+
+
+async def test_a_queue_that_holds_all_the_tokens_it_may_says_so_beforehand() -> None:
+    turns = Turns()
+    await turns.add(sequences=4)
+    await turns.add(prompt=49)
+    assert turns.queue.refusal() is None
+    await turns.add(prompt=1)
+    assert "at most 50 prompt tokens wait" in str(turns.queue.refusal())
+    await turns.end(0)
+    assert turns.queue.refusal() is None
+
+
 async def test_a_single_prompt_may_wait_however_long_it_is() -> None:
     turns = Turns()
     await turns.add(sequences=4)
@@ -159,7 +184,7 @@ async def test_a_caller_has_a_share_of_its_own() -> None:
 
 
 async def test_waiting_has_an_end() -> None:
-    turns = Turns(QueueLimits(max_sequences=1, max_tokens=100, max_queued_tokens=50, timeout_s=0.02))
+    turns = Turns(QueueLimits(max_sequences=1, max_tokens=100, batch_size=1, max_queued_tokens=50, timeout_s=0.02))
     await turns.add()
     await turns.add()
     await asyncio.sleep(0.1)
@@ -173,7 +198,7 @@ async def test_waiting_has_an_end() -> None:
 
 
 async def test_one_whose_turn_comes_as_it_leaves_gives_it_on() -> None:
-    turns = Turns(QueueLimits(max_sequences=1, max_tokens=100, max_queued_tokens=50, timeout_s=5))
+    turns = Turns(QueueLimits(max_sequences=1, max_tokens=100, batch_size=1, max_queued_tokens=50, timeout_s=5))
     await turns.add()
     await turns.add()
     await turns.add()
@@ -197,7 +222,7 @@ def test_bounds_hold_and_everyone_gets_a_turn_in_order(
     operations: list[tuple[str, int, int, int]],
 ) -> None:
     async def play() -> None:
-        limits = QueueLimits(max_sequences=4, max_tokens=100, max_queued_tokens=10_000, timeout_s=60)
+        limits = QueueLimits(max_sequences=4, max_tokens=100, batch_size=4, max_queued_tokens=10_000, timeout_s=60)
         turns, gone, sizes = Turns(limits), set[int](), list[tuple[int, int]]()
         async with AsyncExitStack():
             for kind, which, sequences, tokens in operations:
@@ -235,3 +260,76 @@ def test_permits_are_counted_in_sequences() -> None:
             pass
     with admission.permit(3):
         pass
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class TestRefusals:
+    """What `Admission` says beforehand."""
+
+    def test_a_full_house_refuses_whether_or_not_the_batch_is_full(self) -> None:
+        admission = Admission(2)
+        with admission.permit(2):
+            for would_wait in (True, False):
+                assert "at most 2 sequences" in str(admission.refusal(would_wait=would_wait))
+
+    def test_a_full_batch_alone_refuses_nobody(self) -> None:
+        admission = Admission(2)
+        with admission.permit(1):
+            assert admission.refusal(would_wait=True) is None
+
+    def test_nobody_comes_to_wait_just_after_others_were_turned_away(self) -> None:
+        clock = Clock()
+        admission = Admission(2, clock=clock)
+        with admission.permit(2):
+            assert admission.refusal(would_wait=True)
+        assert "others have just been turned away" in str(admission.refusal(would_wait=True))
+        assert admission.refusal(would_wait=False) is None
+        clock.now_s += 1.0
+        assert admission.refusal(would_wait=True) is None
+
+    def test_each_refusal_makes_that_last(self) -> None:
+        clock = Clock()
+        admission = Admission(2, clock=clock)
+        with admission.permit(2):
+            assert admission.refusal(would_wait=True)
+        for _ in range(5):
+            clock.now_s += 0.9
+            assert admission.refusal(would_wait=True)
+
+    def test_a_permit_that_is_refused_begins_it_too(self) -> None:
+        admission = Admission(2)
+        with admission.permit(1), pytest.raises(Overloaded), admission.permit(2):
+            raise AssertionError
+        assert admission.refusal(would_wait=True)
+
+
+async def test_a_crowd_has_few_lines_of_its_own_and_one_that_sums_up(caplog: pytest.LogCaptureFixture) -> None:
+    log, lines = RefusalLog(), list[int]()
+    with caplog.at_level(logging.INFO):
+        for number in range(30):
+            log.add(Caller(name="one") if number % 2 else ANYONE, lambda number=number: lines.append(number))
+        assert lines == list(range(REFUSAL_LINES_PER_S))
+        assert caplog.records == []
+        log.flush()
+        log.flush()
+    assert [(r.getMessage(), r.requests, getattr(r, "api_key", None)) for r in caplog.records] == [
+        ("more requests turned away", 10, None),
+        ("more requests turned away", 10, "one"),
+    ]
+
+
+async def test_each_second_has_lines_of_its_own() -> None:
+    log, lines = RefusalLog(), list[int]()
+    for number in range(20):
+        log.add(ANYONE, lambda number=number: lines.append(number))
+    await asyncio.sleep(1.05)
+    log.add(ANYONE, lambda: lines.append(99))
+    log.flush()
+    assert lines == [*range(REFUSAL_LINES_PER_S), 99]

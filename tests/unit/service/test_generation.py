@@ -21,6 +21,7 @@ from gyrfalcon.errors import (
 from gyrfalcon.metrics import Metrics
 from gyrfalcon.service.generation import GenerationService
 from gyrfalcon.service.interface import (
+    Caller,
     ChatMessage,
     ChatPrompt,
     Completion,
@@ -316,6 +317,29 @@ class TestAdmission:
         await asyncio.gather(*running)
         assert bench.metric("tgi_request_failure_total", err="overloaded") == 2
         await bench.complete()
+
+    async def test_who_comes_to_a_full_house_is_turned_away_beforehand(self, tokenizer_folder: Path) -> None:
+        bench = Bench(FakeEngine(step_s=0.005), tokenizer_folder, max_concurrent_requests=1)
+        assert bench.service.turn_away(Caller()) is None
+        running = asyncio.create_task(bench.complete(max_new_tokens=10))
+        await asyncio.sleep(0.01)
+        refusal = bench.service.turn_away(Caller())
+        assert "at most 1 sequences" in str(refusal)
+        await running
+        assert bench.service.turn_away(Caller()) is None
+        assert bench.metric("tgi_request_failure_total", err="overloaded") == 1
+        assert bench.metric("tgi_request_count_total") == 2
+
+    async def test_a_queue_with_room_for_no_token_turns_away_beforehand(self, tokenizer_folder: Path) -> None:
+        engine = FakeEngine(step_s=0.005, max_context=128)
+        bench = Bench(engine, tokenizer_folder, max_queued_tokens=1)
+        calls = [asyncio.create_task(bench.complete(prompt="x", max_new_tokens=120)) for _ in range(17)]
+        await asyncio.sleep(0.05)
+        assert "prompt tokens wait" in str(bench.service.turn_away(Caller()))
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert bench.service.turn_away(Caller()) is None
 
     async def test_each_sequence_of_a_request_counts(self, tokenizer_folder: Path) -> None:
         bench = Bench(FakeEngine(step_s=0.005), tokenizer_folder, max_concurrent_requests=3)

@@ -142,28 +142,31 @@ class NativeDecoder:
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
     ) -> Tensor:
-        query_starts = np.ascontiguousarray(inputs.query_starts, dtype=np.int32)
-        query_lens = np.diff(query_starts)
-        arrays = {
-            "query_starts": query_starts,
-            "context_lens": np.ascontiguousarray(inputs.context_lens, dtype=np.int32),
-            "block_tables": inputs.block_tables_RW.numpy().astype(np.int32),
-            "positions": positions_T.numpy().astype(np.int32),
-            "token_rows": np.repeat(np.arange(len(query_lens), dtype=np.int32), query_lens),
-        }
-        ids = ids_T.numpy().astype(np.int32)
-        batch = CBatch(
-            num_rows=len(query_lens),
-            num_tokens=len(ids),
-            table_width=inputs.block_tables_RW.shape[1],
-            **{name: address(array) for name, array in arrays.items()},
-        )
-        step = CStep(batch, address(ids), caches[0].k_BSKE.shape[1], self._described_caches(caches))
+        ids, positions = (np.ascontiguousarray(values_T.numpy(), dtype=np.int32) for values_T in (ids_T, positions_T))
+        step = self._described_step(ids, positions, inputs, caches)
         hidden_TD = torch.empty((len(ids), self._shape.hidden_size), dtype=torch.float32)
         self._check(
             self._library.gyrfalcon_decoder_forward(self._handle, ctypes.byref(step), hidden_TD.data_ptr()), len(ids)
         )
         return hidden_TD
+
+    def choose_next(
+        self,
+        ids: npt.NDArray[np.int32],
+        inputs: AttentionInputs,
+        caches: Sequence[LayerCache],
+        tokens: npt.NDArray[np.int32],
+        num_ahead: int = 0,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        step = self._described_step(ids, inputs.positions, inputs, caches)
+        chosen = _Chosen(1 + num_ahead, len(tokens))
+        self._check(
+            self._library.gyrfalcon_decoder_choose_next(
+                self._handle, ctypes.byref(step), address(tokens), len(tokens), num_ahead, *chosen.addresses
+            ),
+            len(ids),
+        )
+        return chosen.ids_and_logprobs()
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         hidden_SD = hidden_SD.contiguous()
@@ -178,25 +181,36 @@ class NativeDecoder:
 
     def choose_greedy(self, logits_SV: Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         num_rows, width = logits_SV.shape
-        ids_S = np.empty(num_rows, dtype=np.int32)
-        logprobs_S = np.empty(num_rows, dtype=np.float32)
-        sound_S = np.empty(num_rows, dtype=np.bool_)
+        chosen = _Chosen(num_rows)
         logits_SV = logits_SV.contiguous()
         self._library.gyrfalcon_decoder_choose_greedy(
-            self._handle,
-            logits_SV.data_ptr(),
-            num_rows,
-            width,
-            address(ids_S),
-            address(logprobs_S),
-            address(sound_S),
+            self._handle, logits_SV.data_ptr(), num_rows, width, *chosen.addresses
         )
-        ids_S[~sound_S] = -1
-        return ids_S, logprobs_S
+        return chosen.ids_and_logprobs()
 
     def _check(self, failed: int, num_rows: int) -> None:
         if failed:
             raise MemoryError(f"no memory for the intermediate results of {num_rows} tokens")
+
+    def _described_step(
+        self,
+        ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        inputs: AttentionInputs,
+        caches: Sequence[LayerCache],
+    ) -> CStep:
+        """Where the step's arrays lie, which the caller keeps alive."""
+        batch = CBatch(
+            len(inputs.context_lens),
+            len(ids),
+            inputs.block_tables.shape[1],
+            address(inputs.query_starts),
+            address(inputs.context_lens),
+            address(inputs.block_tables),
+            address(positions),
+            address(inputs.token_rows),
+        )
+        return CStep(batch, address(ids), inputs.block_size, self._described_caches(caches))
 
     def _described_caches(self, caches: Sequence[LayerCache]) -> ctypes.Array[CCache]:
         """The caches' addresses; worked out once, as a runner has one set of caches."""
@@ -233,6 +247,21 @@ class NativeDecoder:
             frequencies=address(frequencies),
             slopes=address(slopes),
         )
+
+
+class _Chosen:
+    """Where the library writes what it chooses."""
+
+    def __init__(self, *shape: int) -> None:
+        self._ids = np.empty(shape, dtype=np.int32)
+        self._logprobs = np.empty(shape, dtype=np.float32)
+        self._sound = np.empty(shape, dtype=np.bool_)
+        self.addresses = (address(self._ids), address(self._logprobs), address(self._sound))
+
+    def ids_and_logprobs(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """-1 for the id where there is none."""
+        self._ids[~self._sound] = -1
+        return self._ids, self._logprobs
 
 
 def _described_layer(arrays: _Arrays) -> CLayer:

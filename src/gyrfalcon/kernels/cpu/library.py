@@ -43,6 +43,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "gyrfalcon_decoder_new": (_pointer, [_pointer, _pointer, _int]),
     "gyrfalcon_decoder_free": (None, [_pointer]),
     "gyrfalcon_decoder_forward": (_int, [_pointer, _pointer, _pointer]),
+    "gyrfalcon_decoder_choose_next": (_int, [_pointer, _pointer, _pointer, _int, _int, _pointer, _pointer, _pointer]),
     "gyrfalcon_decoder_logits": (_int, [_pointer, _pointer, _int, _pointer]),
     "gyrfalcon_decoder_choose_greedy": (None, [_pointer, _pointer, _int, _int, _pointer, _pointer, _pointer]),
 }
