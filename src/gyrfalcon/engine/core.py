@@ -172,7 +172,7 @@ class EngineCore:
             num_admitted = _mark_started(rows, started_s)
             num_decode_rows = sum(row.is_decoding for row in rows)
             num_draft_tokens = sum(len(row.draft_ids) for row in rows)
-            num_ahead = self._scheduler.make_room_ahead(rows, self._most_ahead())
+            num_ahead = self._scheduler.make_room_ahead(rows, self._most_ahead(num_decode_rows))
             scheduled_s = self._clock()
             parts = self._run(rows, num_ahead, outcome)
             outcome.step = StepReading(
@@ -197,10 +197,10 @@ class EngineCore:
         self._num_steps += 1
         self._last_step_s = self._clock() - started_s
 
-    def _most_ahead(self) -> int:
-        """Steps that a plan may have besides its own."""
-        calm_s = self._scheduler.pace.calm_s
-        if not self._executor.facts.can_run_ahead or calm_s is None:
+    def _most_ahead(self, num_decode_rows: int) -> int:
+        """Steps that a plan of so many decoding rows may have besides its own."""
+        calm_s = self._scheduler.pace.calm_s(num_decode_rows)
+        if not self._executor.facts.can_run_ahead or not calm_s:
             return 0
         return min(int(AHEAD_S / calm_s) - 1, MOST_AHEAD)
 

@@ -22,24 +22,34 @@ class Pace:
         self._least = float(least_tokens)
         self._most = float(max(most_tokens, least_tokens))
         self._allowance = self._least
-        self._calm_s: float | None = None  # a step with nothing but decoding
+        # Steps with nothing but decoding: what they took lately, for how many sequences.
+        self._known_s: float | None = None
+        self._known_num = 1.0
+        self._token_s = 0.0  # what each token more adds
 
     @property
     def num_tokens(self) -> int:
         return int(self._allowance)
 
-    @property
-    def calm_s(self) -> float | None:
-        """What a step with nothing but decoding takes; None as long as there was none."""
-        return self._calm_s
+    def calm_s(self, num_decoding: int) -> float | None:
+        """What a step takes that does nothing but decode so many sequences; None as long as there was none.
+
+        From the steps there were lately: as long, and longer or shorter by what tokens add, but never shorter than in
+        proportion.
+        """
+        if self._known_s is None:
+            return None
+        by_token_s = self._known_s + (num_decoding - self._known_num) * self._token_s
+        return max(by_token_s, self._known_s * min(1.0, num_decoding / self._known_num))
 
     def begin(self, calm_s: float, token_s: float) -> None:
         """Start from what was measured before anyone came: a step of one token, and what each further one adds.
 
-        The first requests often come together: no step of theirs is calm until all their prompts have run.
+        The first requests often come together: no step of theirs is calm until all their prompts have run. How long it
+        would take with as many streams as there are by then is known from here.
         """
         if calm_s > 0:
-            self._calm_s = calm_s
+            self._known_s, self._known_num, self._token_s = calm_s, 1.0, max(token_s, 0.0)
             worth = (MOST_SLOWDOWN - 1) * calm_s / token_s if token_s > 0 else self._most
             self._allowance = min(max(worth, self._least), self._most)
 
@@ -47,12 +57,23 @@ class Pace:
         """Learn from a step. num_others: its tokens besides one for each of the `num_decoding` sequences."""
         if num_decoding == 0 or step_s <= 0:
             return
-        if num_others == 0:
-            calm_s = step_s if self._calm_s is None else self._calm_s
-            self._calm_s = calm_s + _WEIGHT_OF_NEWEST * (step_s - calm_s)
-        elif self._calm_s is not None and num_others >= self.num_tokens + num_decoding:
-            slowdown = step_s / self._calm_s
+        calm_s = self.calm_s(num_decoding)
+        if calm_s is None or self._known_s is None:
+            if num_others == 0:
+                self._known_s, self._known_num = step_s, float(num_decoding)
+        elif num_others == 0:
+            self._known_s = _approach(self._known_s, step_s)
+            self._known_num = _approach(self._known_num, num_decoding)
+        elif num_others >= self.num_tokens + num_decoding:
+            num_more = num_decoding + num_others - self._known_num
+            if num_more > 0:
+                self._token_s = _approach(self._token_s, max(0.0, step_s - self._known_s) / num_more)
+            slowdown = step_s / calm_s
             if slowdown > MOST_SLOWDOWN:
                 self._allowance = max(self._least, self._allowance * _SHRINKAGE)
             elif slowdown < MOST_SLOWDOWN * _CAUTION:
                 self._allowance = min(self._most, self._allowance * _GROWTH)
+
+
+def _approach(known: float, newest: float) -> float:
+    return known + _WEIGHT_OF_NEWEST * (newest - known)

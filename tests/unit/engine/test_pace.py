@@ -50,3 +50,21 @@ def test_it_begins_where_a_warm_up_has_measured_a_step_to_take_twice_as_long() -
     assert pace.num_tokens == 512
     pace.begin(calm_s=0.001, token_s=0.01)
     assert pace.num_tokens == 8
+
+
+def test_streams_that_came_together_do_not_count_as_what_slows_them_down() -> None:
+    """Their steps are longer than a lone stream's, although none of them was without a prompt yet."""
+    pace, num_decoding, step_cost = Pace(8, 512), 32, 80.0
+    pace.begin(calm_s=step_cost + 1.0, token_s=1.0)
+    for _ in range(60):
+        num_others = pace.num_tokens + num_decoding
+        pace.observe(num_decoding, num_others, step_cost + num_decoding + num_others)
+    assert 0.75 * step_cost < pace.num_tokens < 1.25 * step_cost
+
+
+def test_a_calm_step_takes_longer_with_more_streams() -> None:
+    pace = Pace(8, 512)
+    assert pace.calm_s(4) is None
+    pace.begin(calm_s=10.0, token_s=0.5)
+    assert pace.calm_s(1) == 10.0
+    assert pace.calm_s(21) == 20.0
