@@ -20,6 +20,10 @@ constexpr int kPiecesPerThread = 4;
 // Panels of a task while many rows are computed: as many as the products keep in the second-level cache.
 constexpr int kMostPanels = 32;
 
+// Panels that a task takes at least, however wide they are: each is a stream of its own, and one or two streams read
+// slower than four.
+constexpr size_t kLeastStreams = 4;
+
 // Bytes of weights that are worth a task of their own while few rows are computed.
 constexpr size_t kLeastBytes = 64 << 10;
 
@@ -179,7 +183,7 @@ struct Decoder::Run {
     if (num_rows <= 16) {
       const size_t bytes = panel_bytes(w.storage, w.width, w.group);
       const int least = std::min<int>(kLeastBytes / bytes, panels / team.size());
-      count = std::min<int>(std::max(by_thread, least), kChunkBytes / bytes);
+      count = std::min<int>(std::max(by_thread, least), std::max(kLeastStreams, kChunkBytes / bytes));
     }
     if (count > 4) count = count / 4 * 4;  // whole register blocks
     if (in_pairs || count > 1) count = std::max(2, count / 2 * 2);
