@@ -11,14 +11,14 @@ _WEIGHT_OF_NEWEST = 0.2
 
 
 class Pace:
-    """The allowance in tokens, on top of one for each sequence that decodes; learnt from how long steps take.
+    """The allowance in tokens, on top of one for each sequence that decodes, learnt from how long steps take.
 
     What reading the weights costs beside a token's arithmetic differs by a factor of ten between models, so no
     constant fits all. It only decides how prompts are cut into chunks, which no answer depends on.
     """
 
     def __init__(self, least_tokens: int, most_tokens: int) -> None:
-        """least_tokens: where learning begins, and never fewer."""
+        """least_tokens: where learning begins, and never fewer in a step."""
         self._least = float(least_tokens)
         self._most = float(max(most_tokens, least_tokens))
         self._allowance = self._least
@@ -27,9 +27,9 @@ class Pace:
         self._known_num = 1.0
         self._token_s = 0.0  # what each token more adds
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self._allowance)
+    def num_tokens(self, num_decoding: int) -> int:
+        """Those that may run beside so many sequences."""
+        return int(max(self._least, self._allowance + num_decoding))
 
     def calm_s(self, num_decoding: int) -> float | None:
         """What a step takes that does nothing but decode so many sequences; None as long as there was none.
@@ -64,15 +64,15 @@ class Pace:
         elif num_others == 0:
             self._known_s = _approach(self._known_s, step_s)
             self._known_num = _approach(self._known_num, num_decoding)
-        elif num_others >= self.num_tokens + num_decoding:
+        elif num_others >= (allowed := self.num_tokens(num_decoding)):
             num_more = num_decoding + num_others - self._known_num
             if num_more > 0:
                 self._token_s = _approach(self._token_s, max(0.0, step_s - self._known_s) / num_more)
             slowdown = step_s / calm_s
             if slowdown > MOST_SLOWDOWN:
-                self._allowance = max(self._least, self._allowance * _SHRINKAGE)
+                self._allowance = max(self._least, allowed * _SHRINKAGE) - num_decoding
             elif slowdown < MOST_SLOWDOWN * _CAUTION:
-                self._allowance = min(self._most, self._allowance * _GROWTH)
+                self._allowance = min(self._most, allowed * _GROWTH - num_decoding)
 
 
 def _approach(known: float, newest: float) -> float:

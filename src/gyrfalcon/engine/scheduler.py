@@ -138,7 +138,7 @@ class Scheduler:
             self._schedule_decoding(step, group)
         if step.rows:
             # Whoever decodes waits for the whole step, so what else is in it may at most double it.
-            step.budget = min(step.budget, self.pace.num_tokens + step.num_tokens)
+            step.budget = min(step.budget, self.pace.num_tokens(step.num_tokens))
         is_blocked = False
         for group in list(self._running):
             if step.budget > 0 and group in self._running:
