@@ -6,18 +6,28 @@ what this door lets in and there is no room for; here it costs a fraction of tha
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gyrfalcon.errors import Overloaded
 from gyrfalcon.http.auth import caller_of_scope, routed_path
-from gyrfalcon.http.wire import STREAM_HEADERS, STREAM_TYPE, BodyLimits, sse, to_json
+from gyrfalcon.http.wire import (
+    STREAM_HEADERS,
+    STREAM_TYPE,
+    BodyLimits,
+    ClientGone,
+    MalformedBody,
+    ServerStopping,
+    read_within,
+    sse,
+    to_json,
+)
 from gyrfalcon.service.interface import TextService
 from gyrfalcon.tracing import trace_headers
 
@@ -68,7 +78,7 @@ class OverloadMiddleware:
             await self._app(scope, receive, send)
             return
         # Read to its end, as many clients look for an answer only when they have sent all of their request.
-        body = await self._read(receive)
+        body = await self._read(Request(scope, receive))
         is_stream = route.streams is Streams.ALWAYS or (
             route.streams is Streams.IF_ASKED and _ASKS_FOR_STREAM.search(body or b"") is not None
         )
@@ -84,23 +94,12 @@ class OverloadMiddleware:
     def _refusal(self, scope: Scope) -> Overloaded | None:
         return self._service.turn_away(caller_of_scope(scope), trace_headers(Headers(scope=scope)))
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, request: Request) -> bytes | None:
         """The request's body; None where it is larger than allowed, or ends too late or not at all."""
-        chunks: list[bytes] = []
-        num_bytes = 0
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
-                while (message := await receive())["type"] == "http.request":
-                    chunk = message.get("body", b"")
-                    num_bytes += len(chunk)
-                    if num_bytes > self._limits.max_bytes:
-                        return None
-                    chunks.append(chunk)
-                    if not message.get("more_body", False):
-                        return b"".join(chunks)
-        except (TimeoutError, asyncio.CancelledError):  # only the server's end cancels a request
-            pass
-        return None
+            return await read_within(request, self._limits)
+        except (MalformedBody, ClientGone, ServerStopping):
+            return None
 
 
 def _answer(route: GeneratingRoute, refusal: Overloaded, *, is_stream: bool) -> tuple[int, RawHeaders, bytes]:

@@ -79,7 +79,7 @@ async def read_json(request: Request, limits: BodyLimits, *, any_content_type: b
     """The request's body as plain Python values. Raises MalformedBody: 400, 408, 413, 415, or 422 for twice a key."""
     if not any_content_type:
         _check_content_type(request)
-    body = await _read_within(request, limits)
+    body = await read_within(request, limits)
     if len(body) < SHORT_BODY_BYTES:
         return parse_json(body, limits)
     return await asyncio.to_thread(parse_json, body, limits)
@@ -293,7 +293,8 @@ def _check_content_type(request: Request) -> None:
         raise MalformedBody(415, f"Expected a body without `Content-Encoding`. Given: {quote(encoding)}")
 
 
-async def _read_within(request: Request, limits: BodyLimits) -> bytes:
+async def read_within(request: Request, limits: BodyLimits) -> bytes:
+    """The request's body. Raises MalformedBody, 413 or 408, ClientGone, ServerStopping."""
     too_large = MalformedBody(413, f"The request body is larger than the limit of {limits.max_bytes} bytes")
     announced = request.headers.get("content-length", "0").lstrip("0")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > limits.max_bytes):
