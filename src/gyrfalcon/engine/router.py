@@ -80,17 +80,17 @@ class EventRouter:
             if mailbox := self._mailboxes.get(request_id):
                 mailbox.put(events)
         for request_id in report.finished:
-            if mailbox := self._mailboxes.get(request_id):
-                mailbox.finish()
+            self._finish(request_id)
         for request_id, message in report.failures.items():
-            if mailbox := self._mailboxes.get(request_id):
-                mailbox.finish(GenerationFailed(message))
+            self._finish(request_id, GenerationFailed(message))
         for request_id, message in report.refusals.items():
-            if mailbox := self._mailboxes.get(request_id):
-                mailbox.finish(InvalidRequest("parameters", message))
+            self._finish(request_id, InvalidRequest("parameters", message))
         for request_id, message in report.overdue.items():
-            if mailbox := self._mailboxes.get(request_id):
-                mailbox.finish(QueueTimeout(message))
+            self._finish(request_id, QueueTimeout(message))
+
+    def _finish(self, request_id: str, error: Exception | None = None) -> None:
+        if mailbox := self._mailboxes.get(request_id):
+            mailbox.finish(error)
 
     def fail_all(self, error: Exception) -> None:
         """End every open request with this error, after the events it already has."""
