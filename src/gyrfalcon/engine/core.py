@@ -200,7 +200,7 @@ class EngineCore:
     def _most_ahead(self, num_decode_rows: int) -> int:
         """Steps that a plan of so many decoding rows may have besides its own."""
         calm_s = self._scheduler.pace.calm_s(num_decode_rows)
-        if not self._executor.facts.can_run_ahead or not calm_s:
+        if not self._executor.facts.can_run_ahead or calm_s is None:
             return 0
         return min(int(AHEAD_S / calm_s) - 1, MOST_AHEAD)
 

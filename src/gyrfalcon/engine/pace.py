@@ -22,9 +22,9 @@ class Pace:
         self._least = float(least_tokens)
         self._most = float(max(most_tokens, least_tokens))
         self._allowance = self._least
-        # Steps with nothing but decoding: what they took lately, for how many sequences.
-        self._known_s: float | None = None
-        self._known_num = 1.0
+        # Steps with nothing but decoding: what they took lately, for how many sequences. 0: there was none.
+        self._known_s = 0.0
+        self._known_num = 0.0
         self._token_s = 0.0  # what each token more adds
 
     def num_tokens(self, num_decoding: int) -> int:
@@ -37,7 +37,7 @@ class Pace:
         From the steps there were lately: as long, and longer or shorter by what tokens add, but never shorter than in
         proportion.
         """
-        if self._known_s is None:
+        if self._known_s == 0:
             return None
         by_token_s = self._known_s + (num_decoding - self._known_num) * self._token_s
         return max(by_token_s, self._known_s * min(1.0, num_decoding / self._known_num))
@@ -58,22 +58,17 @@ class Pace:
         if num_decoding == 0 or step_s <= 0:
             return
         calm_s = self.calm_s(num_decoding)
-        if calm_s is None or self._known_s is None:
-            if num_others == 0:
-                self._known_s, self._known_num = step_s, float(num_decoding)
-        elif num_others == 0:
-            self._known_s = _approach(self._known_s, step_s)
-            self._known_num = _approach(self._known_num, num_decoding)
-        elif num_others >= (allowed := self.num_tokens(num_decoding)):
+        if num_others == 0:
+            weight = 1.0 if calm_s is None else _WEIGHT_OF_NEWEST
+            self._known_s += weight * (step_s - self._known_s)
+            self._known_num += weight * (num_decoding - self._known_num)
+        elif calm_s is not None and num_others >= (allowed := self.num_tokens(num_decoding)):
             num_more = num_decoding + num_others - self._known_num
             if num_more > 0:
-                self._token_s = _approach(self._token_s, max(0.0, step_s - self._known_s) / num_more)
+                token_s = max(0.0, step_s - self._known_s) / num_more
+                self._token_s += _WEIGHT_OF_NEWEST * (token_s - self._token_s)
             slowdown = step_s / calm_s
             if slowdown > MOST_SLOWDOWN:
                 self._allowance = max(self._least, allowed * _SHRINKAGE) - num_decoding
             elif slowdown < MOST_SLOWDOWN * _CAUTION:
                 self._allowance = min(self._most, allowed * _GROWTH - num_decoding)
-
-
-def _approach(known: float, newest: float) -> float:
-    return known + _WEIGHT_OF_NEWEST * (newest - known)
