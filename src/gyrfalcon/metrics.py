@@ -72,7 +72,7 @@ class EngineReading(Protocol):
 
 
 class StepMeasures(Protocol):
-    """What an engine says of one step; durations in seconds."""
+    """What an engine says of one step and of the `num_ahead` that it ran with it; durations in seconds, of them all."""
 
     @property
     def num_prefill_tokens(self) -> int: ...
@@ -82,6 +82,8 @@ class StepMeasures(Protocol):
     def num_admitted(self) -> int: ...
     @property
     def has_succeeded(self) -> bool: ...
+    @property
+    def num_ahead(self) -> int: ...
     @property
     def num_accepted_tokens(self) -> Sequence[int]: ...
     @property
@@ -137,10 +139,9 @@ class Metrics:
         self._first_token = self._durations(
             "gyrfalcon_time_to_first_token_seconds", "Seconds from arrival to the first token"
         )
-        self._gaps = _FrequentHistogram(
-            "gyrfalcon_inter_token_seconds", "Seconds between tokens of a request", GAP_BUCKETS
-        )
-        self.registry.register(self._gaps)
+        gaps = _FrequentHistogram("gyrfalcon_inter_token_seconds", "Seconds between tokens of a request", GAP_BUCKETS)
+        self.registry.register(gaps)
+        self._gaps = gaps.only
         self._lag = self._histogram(
             "gyrfalcon_event_loop_lag_seconds", "Seconds by which the event loop woke late", LAG_BUCKETS
         )
@@ -277,7 +278,11 @@ class _Lengths:
 
 
 class _StepMetrics:
-    """What TGI measures of a batch, taken from our steps. A step that computes prompt tokens counts as a prefill."""
+    """What TGI measures of a batch, taken from our steps. A step that computes prompt tokens counts as a prefill.
+
+    Steps that ran at once count one by one, each with its share of the time: dashboards show the same whatever the
+    engine puts together.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         registry = metrics.registry
@@ -286,9 +291,12 @@ class _StepMetrics:
             counter = Counter(name, text, ["method"], registry=registry)
             return {method: counter.labels(method) for method in METHODS}
 
-        def durations(name: str, text: str, methods: Sequence[str] = METHODS) -> dict[str, Histogram]:
-            histogram = Histogram(name, text, ["method"], buckets=DURATION_BUCKETS, registry=registry)
-            return {method: histogram.labels(method) for method in methods}
+        def registered(histogram: _FrequentHistogram) -> _FrequentHistogram:
+            registry.register(histogram)
+            return histogram
+
+        def durations(name: str, text: str) -> dict[str, _Observations]:
+            return registered(_FrequentHistogram(name, text, DURATION_BUCKETS, "method", METHODS)).series
 
         self._count = counters("tgi_batch_inference_count", "Steps begun")
         self._success = counters("tgi_batch_inference_success", "Steps that succeeded")
@@ -297,57 +305,61 @@ class _StepMetrics:
         self._forward = durations("tgi_batch_forward_duration", "Seconds of a step's forward pass")
         self._decode = durations("tgi_batch_decode_duration", "Seconds of a step's choice of tokens")
         self._filter = durations("tgi_batch_filter_duration", "Seconds of a step's bookkeeping and reporting")
-        self._concat_s = durations(
-            "tgi_batch_concat_duration", "Seconds of planning a step that requests joined", ["decode"]
-        )["decode"]
+        self._concat_s = Histogram(
+            "tgi_batch_concat_duration",
+            "Seconds of planning a step that requests joined",
+            ["method"],
+            buckets=DURATION_BUCKETS,
+            registry=registry,
+        ).labels("decode")
         self._concat = Counter(
             "tgi_batch_concat", "Times that requests joined others that ran", ["reason"], registry=registry
         ).labels(CONCAT_REASON)
         self._next_size = Histogram(
             "tgi_batch_next_size", "Requests that began in a step", buckets=BATCH_SIZE_BUCKETS, registry=registry
         )
-        self._skipped = _FrequentHistogram(
-            "tgi_request_skipped_tokens",
-            "Tokens beyond the first that speculation gave a sequence in a step",
-            SKIPPED_TOKENS_BUCKETS,
-        )
-        registry.register(self._skipped)
-        self._step_s = Histogram(
-            "gyrfalcon_step_seconds", "Seconds of a step", buckets=DURATION_BUCKETS, registry=registry
-        )
+        self._skipped = registered(
+            _FrequentHistogram(
+                "tgi_request_skipped_tokens",
+                "Tokens beyond the first that speculation gave a sequence in a step",
+                SKIPPED_TOKENS_BUCKETS,
+            )
+        ).only
+        self._step_s = registered(
+            _FrequentHistogram("gyrfalcon_step_seconds", "Seconds of a step", DURATION_BUCKETS)
+        ).only
 
     def observe(self, step: StepMeasures) -> None:
         method = "prefill" if step.num_prefill_tokens else "decode"
-        self._count[method].inc()
+        num_steps = 1 + step.num_ahead
+        self._count[method].inc(num_steps)
         if step.num_admitted:
             self._next_size.observe(step.num_admitted)
             if step.num_decode_rows:
                 self._concat.inc()
                 self._concat_s.observe(step.schedule_s)
         if not step.has_succeeded:
-            self._failure[method].inc()
+            self._failure[method].inc(num_steps)
             return
         whole_s = step.schedule_s + step.forward_s + step.sample_s + step.commit_s
-        self._success[method].inc()
-        self._whole[method].observe(whole_s)
-        self._forward[method].observe(step.forward_s)
-        self._decode[method].observe(step.sample_s)
-        self._filter[method].observe(step.commit_s)
-        self._step_s.observe(whole_s)
-        self._skipped.observe(0, step.num_decode_rows - len(step.num_accepted_tokens))
+        self._success[method].inc(num_steps)
+        for observations, all_s in (
+            (self._whole[method], whole_s),
+            (self._forward[method], step.forward_s),
+            (self._decode[method], step.sample_s),
+            (self._filter[method], step.commit_s),
+            (self._step_s, whole_s),
+        ):
+            observations.observe(all_s / num_steps, num_steps)
+        self._skipped.observe(0, num_steps * step.num_decode_rows - len(step.num_accepted_tokens))
         for count in step.num_accepted_tokens:
             self._skipped.observe(count)
 
 
-class _FrequentHistogram:
-    """A histogram that costs a fraction of a microsecond an observation, so that every token can be observed.
+class _Observations:
+    """One series of a histogram. One thread observes."""
 
-    One thread observes.
-    """
-
-    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
-        self._name = name
-        self._text = text
+    def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
@@ -356,12 +368,39 @@ class _FrequentHistogram:
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
 
-    def collect(self) -> Iterable[Metric]:
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         buckets, total = [], 0
         for bound, count in zip((*map(str, self._bounds), "+Inf"), tuple(self._counts), strict=True):
             total += count
             buckets.append((bound, float(total)))
-        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+        family.add_metric(labels, buckets, self._sum)
+
+
+class _FrequentHistogram:
+    """A histogram that costs a fraction of a microsecond an observation, so that every token can be observed.
+
+    It has one series, or one for each of the label's values.
+    """
+
+    def __init__(
+        self, name: str, text: str, bounds: Sequence[float], label: str | None = None, values: Sequence[str] = ("",)
+    ) -> None:
+        self._name = name
+        self._text = text
+        self._label = label
+        self.series = {value: _Observations(bounds) for value in values}
+
+    @property
+    def only(self) -> _Observations:
+        """The one series of a histogram without label."""
+        (series,) = self.series.values()
+        return series
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label] if self._label else [])
+        for value, series in self.series.items():
+            series.add_to(family, [value] if self._label else [])
+        yield family
 
 
 class _EngineCollector:

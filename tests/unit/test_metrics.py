@@ -33,6 +33,7 @@ class Step:
     num_prefill_tokens: int = 0
     num_decode_rows: int = 3
     num_admitted: int = 0
+    num_ahead: int = 0
     has_succeeded: bool = True
     num_accepted_tokens: tuple[int, ...] = ()
     schedule_s: float = 0.01
@@ -113,6 +114,16 @@ class TestSteps:
         for name, count in {"count": 1, "success": 1, "failure": 0}.items():
             assert sample(metrics, f"tgi_batch_inference_{name}_total", method=method) == count
         assert sample(metrics, "gyrfalcon_step_seconds_sum") == pytest.approx(0.57)
+
+    def test_steps_that_ran_at_once_count_one_by_one(self, metrics: Metrics) -> None:
+        metrics.step_ended(Step(num_ahead=3))
+        assert sample(metrics, "tgi_batch_inference_count_total", method="decode") == 4
+        assert sample(metrics, "tgi_batch_inference_success_total", method="decode") == 4
+        assert sample(metrics, "tgi_batch_forward_duration_count", method="decode") == 4
+        assert sample(metrics, "tgi_batch_forward_duration_sum", method="decode") == pytest.approx(0.5)
+        assert sample(metrics, "gyrfalcon_step_seconds_bucket", le=str(DURATION_BUCKETS[17])) == 4
+        assert DURATION_BUCKETS[16] < 0.57 / 4 < DURATION_BUCKETS[17]
+        assert sample(metrics, "tgi_request_skipped_tokens_bucket", le="0.0") == 4 * Step().num_decode_rows
 
     def test_what_speculation_gave_is_observed_for_every_sequence_of_a_step(self, metrics: Metrics) -> None:
         metrics.step_ended(Step())

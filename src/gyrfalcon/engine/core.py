@@ -166,6 +166,7 @@ class EngineCore:
     def step(self, outcome: StepOutcome) -> None:
         """Advance every request the scheduler chooses by one step; what came of it is added to `outcome`."""
         started_s = self._clock()
+        num_ahead = 0
         rows = self._scheduler.schedule()
         self._end_overdue(started_s, outcome)
         if rows:
@@ -194,8 +195,8 @@ class EngineCore:
                 self._scheduler.pace.observe(num_decode_rows, num_others, step_s)
             self._draft_tokens += num_draft_tokens
             self._accepted_tokens += sum(outcome.step.num_accepted_tokens)
-        self._num_steps += 1
-        self._last_step_s = self._clock() - started_s
+        self._num_steps += 1 + num_ahead
+        self._last_step_s = (self._clock() - started_s) / (1 + num_ahead)
 
     def _most_ahead(self, num_decode_rows: int) -> int:
         """Steps that a plan of so many decoding rows may have besides its own."""

@@ -94,6 +94,7 @@ def test_short_greedy_steps_run_several_at_once() -> None:
     assert [plan.num_ahead for plan in executor.plans] == [0, 7, 7, 2]
     assert run.core.stats().cache_usage == 0.0
     assert run.core.stats().decode_tokens == 40
+    assert run.core.stats().num_steps == 20
 
 
 @pytest.mark.parametrize(
