@@ -175,6 +175,11 @@ struct Decoder::Run {
     return inputs[repeats ? thread : 0].get(w, num_rows, kernels);
   }
 
+  // A product's left side where results are written into it as they come, or else `prepare_rows` makes it.
+  Activations written_or_prepared(const Matrix& w, Input& written, std::vector<Input>& inputs) const {
+    return reads_plain(w, kernels) ? written.get(w, num_rows, kernels) : prepared(w, inputs);
+  }
+
   // How many panels a task of the product takes.
   int panels_of_task(const Matrix& w, bool in_pairs) const {
     const int panels = num_panels(w);
@@ -304,6 +309,12 @@ struct Decoder::Pass {
     cosines = space.cosines.get<float>(rows * half_head);
     sines = space.sines.get<float>(rows * half_head);
 
+    const auto reserve_written = [&](Input& written, std::vector<Input>& inputs, const Matrix& w) {
+      if (reads_plain(w, kernels))
+        written.get(w, num_tokens, kernels);
+      else
+        owner.reserve(inputs, w, num_tokens);
+    };
     // Every layer asks for the same memory, or nearly.
     size_t scratch_bytes = kernels.attend_scratch_bytes(shape);
     for (const Layer& layer : owner.layers_) {
@@ -311,14 +322,8 @@ struct Decoder::Pass {
         scratch_bytes = std::max(scratch_bytes, kernels.matmul_scratch_bytes(*w, num_tokens));
       owner.reserve(space.attention_inputs, layer.qkv, num_tokens);
       owner.reserve(space.mlp_inputs, layer.up, num_tokens);
-      if (reads_plain(layer.output, kernels))
-        space.output_input.get(layer.output, num_tokens, kernels);
-      else
-        owner.reserve(space.output_inputs, layer.output, num_tokens);
-      if (reads_plain(layer.down, kernels))
-        space.down_input.get(layer.down, num_tokens, kernels);
-      else
-        owner.reserve(space.down_inputs, layer.down, num_tokens);
+      reserve_written(space.output_input, space.output_inputs, layer.output);
+      reserve_written(space.down_input, space.down_inputs, layer.down);
     }
     for (Buffer& scratch : space.scratch) scratch.get<uint8_t>(scratch_bytes);
     for (Buffer& row : space.normed) row.get<float>(width);
@@ -391,10 +396,8 @@ struct Decoder::Pass {
 
     const Activations attention_x = run.prepared(layer.qkv, space.attention_inputs);
     const Activations mlp_x = shares_input ? attention_x : run.prepared(layer.up, space.mlp_inputs);
-    const Activations output_x = output_is_ready ? space.output_input.get(layer.output, num_tokens, kernels)
-                                                 : run.prepared(layer.output, space.output_inputs);
-    const Activations down_x = down_is_ready ? space.down_input.get(layer.down, num_tokens, kernels)
-                                             : run.prepared(layer.down, space.down_inputs);
+    const Activations output_x = run.written_or_prepared(layer.output, space.output_input, space.output_inputs);
+    const Activations down_x = run.written_or_prepared(layer.down, space.down_input, space.down_inputs);
 
     // Results that a product can read as they are go straight into its input.
     const auto out_to = [](const Activations& next, bool is_ready, float* plain, int64_t plain_stride, Finish finish) {

@@ -152,6 +152,7 @@ constexpr int64_t kMostChunkBytes = 1 << 20;
 constexpr int kMostRowTiles = 32;  // of rows that are one chunk
 constexpr int kCutRowTiles = 16;   // of longer ones, whose sums rest for all panels of a group
 constexpr int kPanelGroup = 32;
+static_assert(2 * kMostRowTiles <= 4 * kPanelGroup, "the sums of two panels fit where a group's would");
 
 // The bytes of each of the fewest parts of about equal size, none larger than `most`.
 inline int64_t even_part(int64_t width, int64_t most) {
@@ -162,9 +163,8 @@ inline int64_t even_part(int64_t width, int64_t most) {
 inline size_t tile_scratch_bytes(int num_rows) {
   const size_t row_tiles = num_row_tiles(num_rows);
   if (row_tiles <= 2) return 4 * kTileBytes;
-  const size_t of_group = (row_tiles < kCutRowTiles ? (row_tiles + 1) / 2 * 2 : kCutRowTiles) * kPanelGroup;
-  const size_t of_pair = (row_tiles < kMostRowTiles ? (row_tiles + 1) / 2 * 2 : kMostRowTiles) * 2;
-  return (4 + (of_group > of_pair ? of_group : of_pair)) * kTileBytes;
+  const size_t of_panel = row_tiles < kCutRowTiles ? (row_tiles + 1) / 2 * 2 : kCutRowTiles;
+  return (4 + of_panel * kPanelGroup) * kTileBytes;
 }
 
 // Finishes the new rows of the tiles first_tile .. first_tile + row_tiles of a set, whose sums lie as
@@ -224,44 +224,53 @@ inline void tile_matmul(const Matrix& w, const Activations& x, int num_rows, int
   const bool is_cut = chunk < width;
   const int fitting = static_cast<int>(kMostChunkBytes / (chunk * kTileRows)) / 2 * 2;
   const int tiles_together = is_cut ? kCutRowTiles : fitting < kMostRowTiles ? fitting : kMostRowTiles;
+
+  struct Place {
+    int panel;
+    int64_t at;
+  };
+  // Some row tiles times bytes begin .. end of a set of panels, part by part; `after` is what comes then.
+  const auto multiply_chunk = [&](int first_tile, int last_tile, const PanelSet& set, int64_t begin, int64_t end,
+                                  const Place& after, uint8_t* set_sums) {
+    const int blocks = (last_tile - first_tile + 1) / 2;
+    for (int64_t at = begin; at < end; at += part) {
+      b.num_bytes = end - at < part ? end - at : part;
+      const bool is_last = at + b.num_bytes == width;
+      const Place next = at + b.num_bytes < end ? Place{set.panels[0], at + part} : after;
+      b.lines_ahead = next.panel < last_panel ? (kTileRows + blocks - 1) / blocks : 0;
+      for (int i = 0; i < set.count; ++i) {
+        b.panels[i] = weights + set.panels[i] * panel + at * kTileRows;
+        const int next_panel = next.panel + i < last_panel ? next.panel + i : next.panel;
+        b.ahead[i] = weights + next_panel * panel + next.at * kTileRows;
+      }
+      for (int tile = first_tile; tile < last_tile; tile += 2) {
+        const int tiles = last_tile - tile < 2 ? 1 : 2;
+        set_rows(tile, at);
+        uint8_t* const resting = set_sums + static_cast<int64_t>(tile - first_tile) * 2 * kTileBytes;
+        b.before = at == 0 ? nullptr : resting;
+        b.sums = is_last ? finished : resting;
+        run_tile_block<Product>(b, tiles, set.count);
+        for (int i = 0; i < set.count; ++i) b.ahead[i] += b.lines_ahead * b.num_bytes;
+        if (is_last) finish_tiles(w, out, set, tile, tiles, num_rows, finished, value);
+      }
+    }
+  };
+
   for (int first_tile = 0; first_tile < row_tiles; first_tile += tiles_together) {
     const int last_tile = row_tiles - first_tile < tiles_together ? row_tiles : first_tile + tiles_together;
-    const int blocks = (last_tile - first_tile + 1) / 2;
+    // Of a panel; those of a whole row are finished before the next set begins.
+    const int64_t sums_bytes = is_cut ? (last_tile - first_tile + 1) / 2 * 2 * kTileBytes : 0;
     for (int group = first_panel; group < last_panel; group += kPanelGroup) {
       const int group_end = last_panel - group < kPanelGroup ? last_panel : group + kPanelGroup;
       for (int64_t begin = 0; begin < width; begin += chunk) {
         const int64_t end = width - begin < chunk ? width : begin + chunk;
         for (int first = group; first < group_end; first += 2) {
           const PanelSet set = first + 1 < group_end ? PanelSet{2, {first, first + 1}} : PanelSet{1, {first}};
-          // Those of a whole row are finished before the next set begins.
-          uint8_t* const set_sums = is_cut ? sums + static_cast<int64_t>(first - group) * blocks * 2 * kTileBytes : sums;
-          for (int64_t at = begin; at < end; at += part) {
-            b.num_bytes = end - at < part ? end - at : part;
-            const bool is_last = at + b.num_bytes == width;
-            // What comes next: more of these panels, the same chunk of two others, the next chunk, or the next group.
-            const bool is_last_part = at + b.num_bytes == end, is_last_set = first + 2 >= group_end;
-            const int64_t next_at = !is_last_part ? at + part : !is_last_set ? begin : end < width ? end : 0;
-            const int next_panel = !is_last_part  ? first
-                                   : !is_last_set ? first + 2
-                                   : end < width  ? group
-                                                  : group_end;
-            b.lines_ahead = next_panel < last_panel ? (kTileRows + blocks - 1) / blocks : 0;
-            for (int i = 0; i < set.count; ++i) {
-              b.panels[i] = weights + set.panels[i] * panel + at * kTileRows;
-              const int next = next_panel + i < last_panel ? next_panel + i : next_panel;
-              b.ahead[i] = weights + next * panel + next_at * kTileRows;
-            }
-            for (int tile = first_tile; tile < last_tile; tile += 2) {
-              const int tiles = last_tile - tile < 2 ? 1 : 2;
-              set_rows(tile, at);
-              uint8_t* const resting = set_sums + static_cast<int64_t>(tile - first_tile) * 2 * kTileBytes;
-              b.before = at == 0 ? nullptr : resting;
-              b.sums = is_last ? finished : resting;
-              run_tile_block<Product>(b, tiles, set.count);
-              for (int i = 0; i < set.count; ++i) b.ahead[i] += b.lines_ahead * b.num_bytes;
-              if (is_last) finish_tiles(w, out, set, tile, tiles, num_rows, finished, value);
-            }
-          }
+          // The same chunk of two others, the group's next chunk, or the next group.
+          const Place after = first + 2 < group_end ? Place{first + 2, begin}
+                              : end < width         ? Place{group, end}
+                                                    : Place{group_end, 0};
+          multiply_chunk(first_tile, last_tile, set, begin, end, after, sums + (first - group) * sums_bytes);
         }
       }
     }
