@@ -46,7 +46,7 @@ def hidden_states(model: CausalLM, ids_T: torch.Tensor) -> torch.Tensor:
     paged = PagedRows(1, len(ids_T), block_size=32)
     caches = paged.empty_caches(spec.num_layers, spec.num_kv_heads, spec.head_size, model.cache_dtype)
     step = paged.grow({0: len(ids_T)})
-    return model.forward(ids_T, step.positions_T, step.attention, caches)
+    return model.forward(ids_T, step.attention, caches)
 
 
 @pytest.mark.parametrize("kind", available_kinds())
@@ -84,7 +84,7 @@ def chosen_step_by_step(model: CausalLM, prompts: list[list[int]], num_steps: in
     with torch.inference_mode():
         for _ in range(num_steps):
             step = paged.grow(counts)
-            hidden_TD = model.forward(torch.from_numpy(ids).long(), step.positions_T, step.attention, caches)
+            hidden_TD = model.forward(torch.from_numpy(ids).long(), step.attention, caches)
             last_tokens = torch.from_numpy(step.attention.query_starts[1:] - 1).long()
             found.append(model.choose_greedy(model.logits(hidden_TD[last_tokens])))
             ids, counts = found[-1][0], dict.fromkeys(range(num_rows), 1)

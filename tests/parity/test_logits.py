@@ -69,7 +69,7 @@ def run(model: CausalLM, sequences: list[Tensor], steps: Iterable[Mapping[int, i
         starts = {row: paged.lengths[row] for row in counts}
         step = paged.grow(counts)
         ids_T = torch.cat([sequences[row][starts[row] : paged.lengths[row]] for row in counts])
-        logits_TV = model.logits(model.forward(ids_T, step.positions_T, step.attention, caches))
+        logits_TV = model.logits(model.forward(ids_T, step.attention, caches))
         for row, logits_LV in zip(step.rows, logits_TV.split(list(counts.values())), strict=True):
             found[row].append(logits_LV)
     return [torch.cat(parts) for parts in found]

@@ -178,12 +178,10 @@ class FusedDecoder(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
-    def forward(
-        self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
-    ) -> Tensor:
+    def forward(self, ids_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]) -> Tensor:
         """Hidden states after the final norm, [T, D] float32; keys and values are stored on the way.
 
-        ids_T, positions_T: int32 or int64.
+        ids_T: int32 or int64.
         """
         ...
 

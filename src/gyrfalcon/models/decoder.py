@@ -89,13 +89,12 @@ class Decoder:
     def cache_dtype(self) -> torch.dtype:
         return self.embedding_VD.dtype
 
-    def forward(
-        self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
-    ) -> Tensor:
+    def forward(self, ids_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]) -> Tensor:
         ops = self.ops
         x_TD = ops.embed(ids_T, self.embedding_VD)
         turn = None
         if self.frequencies_E2 is not None:
+            positions_T = torch.from_numpy(inputs.positions).to(inputs.device)
             turn = rotation(positions_T, self.frequencies_E2, x_TD.dtype)
         for block, cache in zip(self.blocks, caches, strict=True):
             x_TD = block.forward(x_TD, turn, inputs, cache, ops)
@@ -111,10 +110,8 @@ class Decoder:
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         chosen = []
         for _ in range(1 + num_ahead):
-            ids_T, positions_T, tokens_S = (
-                torch.from_numpy(values).to(inputs.device, torch.int64) for values in (ids, inputs.positions, tokens)
-            )
-            hidden_TD = self.forward(ids_T, positions_T, inputs, caches)
+            ids_T, tokens_S = (torch.from_numpy(values).to(inputs.device, torch.int64) for values in (ids, tokens))
+            hidden_TD = self.forward(ids_T, inputs, caches)
             chosen.append(self.choose_greedy(self.logits(hidden_TD[tokens_S])))
             if len(chosen) <= num_ahead:
                 ids, inputs = np.maximum(chosen[-1][0], 0), inputs.one_further()
@@ -150,14 +147,12 @@ class CausalLM:
     def weight_bytes(self) -> int:
         return self._decoder.weight_bytes
 
-    def forward(
-        self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
-    ) -> Tensor:
+    def forward(self, ids_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]) -> Tensor:
         """Hidden states after the final norm, [T, D], for a step's packed tokens; `caches` has one entry a layer.
 
-        ids_T and positions_T: int64, on the model's device. Keys and values of the step are written to `caches`.
+        ids_T: int64, on the model's device. Keys and values of the step are written to `caches`.
         """
-        return self._decoder.forward(ids_T, positions_T, inputs, caches)
+        return self._decoder.forward(ids_T, inputs, caches)
 
     def choose_next(
         self,

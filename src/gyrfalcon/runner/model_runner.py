@@ -67,8 +67,7 @@ class ModelRunner:
         self._copy_blocks(plan)
         if self._is_plain(plan):
             return self._choose_next(plan, batch, started_s)
-        ids_T, positions_T = self._to_device(batch.ids_T), self._to_device(batch.attention.positions)
-        hidden_TD = self._model.forward(ids_T, positions_T, batch.attention, self._caches)
+        hidden_TD = self._model.forward(self._to_device(batch.ids_T), batch.attention, self._caches)
         forward_end_s = time.perf_counter()
         logits = self._wanted_logits(plan, batch, hidden_TD)
         self._kept = logits if len(plan.kept_rows) else None

@@ -17,7 +17,6 @@ class PagedStep:
     """What a forward pass needs besides the tokens, which are packed in the order of `rows`."""
 
     rows: tuple[int, ...]
-    positions_T: Tensor
     attention: AttentionInputs
 
 
@@ -45,7 +44,6 @@ class PagedRows:
         """The step that runs the next `counts[row]` tokens of each of these rows, which are then part of the row."""
         rows = list(counts)
         contexts = np.array([self.lengths[row] for row in rows], dtype=np.int32)
-        positions = [np.arange(self.lengths[row], self.lengths[row] + count) for row, count in counts.items()]
         for row, count in counts.items():
             self.lengths[row] += count
         # As wide as the longest row needs, like a step's tables; shorter rows are padded with block 0.
@@ -55,7 +53,6 @@ class PagedRows:
             tables[index, :width] = self._tables[row, :width]
         return PagedStep(
             rows=tuple(rows),
-            positions_T=torch.from_numpy(np.concatenate(positions)),
             attention=AttentionInputs(
                 query_starts=np.cumsum([0, *counts.values()], dtype=np.int32),
                 context_lens=contexts,

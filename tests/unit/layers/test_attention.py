@@ -24,7 +24,9 @@ def test_queries_keys_and_values_are_the_three_parts_of_one_product(is_rotary: b
     paged = PagedRows(1, 5, block_size=4)
     (cache,) = paged.empty_caches(1, KV_HEADS, SIZE, torch.float32)
     step = paged.grow({0: 5})
-    turn = rotation(step.positions_T, frequencies(10000.0, SIZE, torch.device("cpu")), torch.float32)
+    turn = rotation(
+        torch.from_numpy(step.attention.positions), frequencies(10000.0, SIZE, torch.device("cpu")), torch.float32
+    )
 
     found_TD = attention.forward(x_TD, turn if is_rotary else None, step.attention, cache, ops)
 

@@ -86,7 +86,7 @@ def logits(model: CausalLM) -> Tensor:
     rows = PagedRows(1, 64, block_size=16)
     caches = rows.empty_caches(model.spec.num_layers, model.spec.num_kv_heads, model.spec.head_size, model.cache_dtype)
     step = rows.grow({0: len(ids_T)})
-    return model.logits(model.forward(ids_T, step.positions_T, step.attention, caches))
+    return model.logits(model.forward(ids_T, step.attention, caches))
 
 
 def load(folder: Path, quantize: str | None = None) -> CausalLM:

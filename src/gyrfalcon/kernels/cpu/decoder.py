@@ -139,11 +139,9 @@ class NativeDecoder:
         weakref.finalize(self, library.gyrfalcon_decoder_free, self._handle)
         self._caches: tuple[Sequence[LayerCache], ctypes.Array[CCache]] | None = None
 
-    def forward(
-        self, ids_T: Tensor, positions_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]
-    ) -> Tensor:
-        ids, positions = (np.ascontiguousarray(values_T.numpy(), dtype=np.int32) for values_T in (ids_T, positions_T))
-        step = self._described_step(ids, positions, inputs, caches)
+    def forward(self, ids_T: Tensor, inputs: AttentionInputs, caches: Sequence[LayerCache]) -> Tensor:
+        ids = np.ascontiguousarray(ids_T.numpy(), dtype=np.int32)
+        step = self._described_step(ids, inputs, caches)
         hidden_TD = torch.empty((len(ids), self._shape.hidden_size), dtype=torch.float32)
         self._check(
             self._library.gyrfalcon_decoder_forward(self._handle, ctypes.byref(step), hidden_TD.data_ptr()), len(ids)
@@ -158,7 +156,7 @@ class NativeDecoder:
         tokens: npt.NDArray[np.int32],
         num_ahead: int = 0,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        step = self._described_step(ids, inputs.positions, inputs, caches)
+        step = self._described_step(ids, inputs, caches)
         chosen = _Chosen(1 + num_ahead, len(tokens))
         self._check(
             self._library.gyrfalcon_decoder_choose_next(
@@ -193,11 +191,7 @@ class NativeDecoder:
             raise MemoryError(f"no memory for the intermediate results of {num_rows} tokens")
 
     def _described_step(
-        self,
-        ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        inputs: AttentionInputs,
-        caches: Sequence[LayerCache],
+        self, ids: npt.NDArray[np.int32], inputs: AttentionInputs, caches: Sequence[LayerCache]
     ) -> CStep:
         """Where the step's arrays lie, which the caller keeps alive."""
         batch = CBatch(
@@ -207,7 +201,7 @@ class NativeDecoder:
             address(inputs.query_starts),
             address(inputs.context_lens),
             address(inputs.block_tables),
-            address(positions),
+            address(inputs.positions),
             address(inputs.token_rows),
         )
         return CStep(batch, address(ids), inputs.block_size, self._described_caches(caches))
