@@ -156,7 +156,8 @@ def test_a_mixed_batch_of_32_gives_each_request_what_it_gets_alone(subject: Subj
         )
         for index in range(32)
     ]
-    together = subject.run(mixed, token_budget=48, max_rows=32, num_blocks=20, step_cost_tokens=48)
+    # Chunks as large as the budget from the first step on: how fast steps are must not decide whether blocks run out.
+    together = subject.run(mixed, token_budget=48, max_rows=32, num_blocks=20, step_cost_tokens=96)
     for request in mixed:
         alone = subject.run([request])
         assert together.tokens[request.request_id] == alone.tokens[request.request_id]

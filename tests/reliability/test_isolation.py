@@ -117,7 +117,8 @@ def told(run: Collector, one: EngineRequest) -> tuple[list[list[int]], list[list
 
 
 def test_1_2_every_bit_of_an_answer_is_the_same_alone_and_among_32_that_come_and_go(runner: ModelRunner) -> None:
-    limits = CoreLimits(token_budget=BUDGET, max_rows=16, max_draft_tokens=3)
+    # Chunks as large as the budget from the first step on: how fast steps are must not decide whether blocks run out.
+    limits = CoreLimits(token_budget=BUDGET, max_rows=16, max_draft_tokens=3, step_cost_tokens=2 * BUDGET)
     wanted = crowd()
     alone = {}
     for one in wanted:

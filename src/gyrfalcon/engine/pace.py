@@ -5,9 +5,10 @@ from __future__ import annotations
 MOST_SLOWDOWN = 2.0
 """Of a step with other work in it over one without."""
 
-_CAUTION = 0.9
-_GROWTH, _SHRINKAGE = 1.25, 0.8
+_AIM = 1.8  # below it by what single steps vary, and later chunks of a prompt take longer
+_MOST_CHANGE = 2.0  # of the allowance by one step, up or down, before it is weighted
 _WEIGHT_OF_NEWEST = 0.2
+_WEIGHT_OF_TOO_LONG = 0.6
 
 
 class Pace:
@@ -17,11 +18,11 @@ class Pace:
     constant fits all. It only decides how prompts are cut into chunks, which no answer depends on.
     """
 
-    def __init__(self, least_tokens: int, most_tokens: int) -> None:
-        """least_tokens: where learning begins, and never fewer in a step."""
-        self._least = float(least_tokens)
-        self._most = float(max(most_tokens, least_tokens))
-        self._allowance = self._least
+    def __init__(self, first_tokens: int, most_tokens: int) -> None:
+        """first_tokens: where learning begins; never fewer than half of them in a step, nor more than `most_tokens`."""
+        self._least = max(first_tokens / 2, 1.0)
+        self._most = float(max(most_tokens, first_tokens))
+        self._allowance = float(first_tokens)
         # Steps with nothing but decoding: what they took lately, for how many sequences. 0: there was none.
         self._known_s = 0.0
         self._known_num = 0.0
@@ -29,7 +30,7 @@ class Pace:
 
     def num_tokens(self, num_decoding: int) -> int:
         """Those that may run beside so many sequences."""
-        return int(max(self._least, self._allowance + num_decoding))
+        return int(self._allowed(num_decoding))
 
     def calm_s(self, num_decoding: int) -> float | None:
         """What a step takes that does nothing but decode so many sequences; None as long as there was none.
@@ -50,7 +51,7 @@ class Pace:
         """
         if calm_s > 0:
             self._known_s, self._known_num, self._token_s = calm_s, 1.0, max(token_s, 0.0)
-            worth = (MOST_SLOWDOWN - 1) * calm_s / token_s if token_s > 0 else self._most
+            worth = (_AIM - 1) * calm_s / token_s if token_s > 0 else self._most
             self._allowance = min(max(worth, self._least), self._most)
 
     def observe(self, num_decoding: int, num_others: int, step_s: float) -> None:
@@ -62,13 +63,19 @@ class Pace:
             weight = 1.0 if calm_s is None else _WEIGHT_OF_NEWEST
             self._known_s += weight * (step_s - self._known_s)
             self._known_num += weight * (num_decoding - self._known_num)
-        elif calm_s is not None and num_others >= (allowed := self.num_tokens(num_decoding)):
+        elif calm_s is not None and num_others >= self.num_tokens(num_decoding):
             num_more = num_decoding + num_others - self._known_num
             if num_more > 0:
                 token_s = max(0.0, step_s - self._known_s) / num_more
                 self._token_s += _WEIGHT_OF_NEWEST * (token_s - self._token_s)
-            slowdown = step_s / calm_s
-            if slowdown > MOST_SLOWDOWN:
-                self._allowance = max(self._least, allowed * _SHRINKAGE) - num_decoding
-            elif slowdown < MOST_SLOWDOWN * _CAUTION:
-                self._allowance = min(self._most, allowed * _GROWTH - num_decoding)
+            # Were a step's time in proportion to its tokens beyond a calm one, the aim would be met by so many.
+            excess = max(step_s / calm_s - 1, 0.0)
+            change = (_AIM - 1) / excess if excess > 0 else _MOST_CHANGE
+            change = min(max(change, 1 / _MOST_CHANGE), _MOST_CHANGE)
+            # Weighted as a factor: steps that were as much too long as others too short cancel out.
+            weight = _WEIGHT_OF_TOO_LONG if excess > MOST_SLOWDOWN - 1 else _WEIGHT_OF_NEWEST
+            wanted = self._allowed(num_decoding) * change**weight
+            self._allowance = min(self._most, max(self._least, wanted) - num_decoding)
+
+    def _allowed(self, num_decoding: int) -> float:
+        return max(self._least, self._allowance + num_decoding)
