@@ -29,6 +29,7 @@ import psutil
 from gyrfalcon.testing.engine import FakeEngine
 from gyrfalcon.testing.server import ServerProcess, running_server
 from gyrfalcon.testing.text import write_tokenizer
+from tests.fuzz.mutation import mutated
 from tests.reliability import bad_inputs
 from tests.reliability.house import (
     WAYS_TO_LEAVE,
@@ -443,12 +444,13 @@ async def fuzz(server: Watched, arguments: argparse.Namespace) -> tuple[Figures,
         nonlocal slowest_s
         while time.monotonic() < deadline:
             if chance.random() < 0.1:
-                data = mutated(chance.choice(raw), chance)
+                data = mutated(chance.choice(raw), chance.randrange(1, 4), TOKENS, chance)
             else:
                 row = chance.choice(rows)
                 headers = "".join(f"{name}: {value}\r\n" for name, value in row.headers[1:] if len(value) < 1000)
                 path = row.path if row.path.isascii() else "/generate"
-                data = request_bytes(path, mutated(row.body[:100_000], chance), method=row.method, headers=headers)
+                body = mutated(row.body[:100_000], chance.randrange(1, 4), TOKENS, chance)
+                data = request_bytes(path, body, method=row.method, headers=headers)
             started = time.monotonic()
             try:
                 # A mutated head may leave the server waiting for more, which its time-outs end.
@@ -481,25 +483,6 @@ async def fuzz(server: Watched, arguments: argparse.Namespace) -> tuple[Figures,
         "failures": failures[:5],
     }
     return figures, not failures and status == 200 and sum(grown.values()) <= MOST_GROWTH_BYTES
-
-
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """The bytes with a few of them changed, cut, repeated or swapped for others."""
-    changed = bytearray(data)
-    for _ in range(chance.randrange(1, 4)):
-        at = chance.randrange(len(changed) + 1)
-        match chance.randrange(5):
-            case 0:
-                changed[at : at + 1] = bytes([chance.randrange(256)])
-            case 1:
-                del changed[at : at + chance.randrange(1, 20)]
-            case 2:
-                changed[at:at] = changed[at : at + chance.randrange(1, 50)] * chance.randrange(1, 10)
-            case 3:
-                changed[at:at] = chance.choice(TOKENS)
-            case _:
-                changed = changed[:at]
-    return bytes(changed)
 
 
 TRIALS: dict[str, Callable[[Watched, argparse.Namespace], Coroutine[Any, Any, tuple[Figures, bool]]]] = {

@@ -274,3 +274,30 @@ def test_a_row_with_a_draft_still_counts_as_decoding() -> None:
     sequence.num_computed_tokens = 3
     sequence.append(7)
     assert ScheduledRow(group, sequence, 1, np.array([1, 2], dtype=np.int32)).is_decoding
+
+
+def num_tokens_of_steps(run: Collector, executor: FakeExecutor) -> list[int]:
+    """Runs to the end; how many tokens each step computed."""
+    first = len(executor.plans)
+    run.run()
+    return [len(plan.token_ids_T) for plan in executor.plans[first:]]
+
+
+def test_4_4_prompts_that_come_together_do_not_wait_for_the_first_of_them_to_end() -> None:
+    executor = FakeExecutor(num_blocks=600, block_size=4, max_context=2000)
+    run = Collector(EngineCore(executor, CoreLimits(token_budget=64, max_rows=32, step_cost_tokens=8)))
+    for n in range(16):
+        run.submit(request(str(n), 32, 40))
+    # Two prompts a step, or what streams leave of them; with 8 tokens beside a stream it would take 40 steps.
+    assert num_tokens_of_steps(run, executor)[:8] == [64] * 8
+
+
+def test_4_4_streams_wait_for_no_prompt_that_came_after_their_first_token_nor_for_a_long_one() -> None:
+    executor = FakeExecutor(num_blocks=600, block_size=4, max_context=2000)
+    run = Collector(EngineCore(executor, CoreLimits(token_budget=64, max_rows=32, step_cost_tokens=8)))
+    run.submit(request("stream", 8, 200))
+    run.submit(request("long", 65, 2))  # which is more than a step has room for
+    run.step()
+    run.submit(request("late", 64, 2))
+    # The step's cost of 8 tokens included, that is at most twice as long, with up to two streams.
+    assert max(num_tokens_of_steps(run, executor)) <= 12

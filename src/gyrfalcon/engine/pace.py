@@ -68,14 +68,14 @@ class Pace:
             if num_more > 0:
                 token_s = max(0.0, step_s - self._known_s) / num_more
                 self._token_s += _WEIGHT_OF_NEWEST * (token_s - self._token_s)
-            # Were a step's time in proportion to its tokens beyond a calm one, the aim would be met by so many.
-            excess = max(step_s / calm_s - 1, 0.0)
+            # What as many tokens as are allowed would have added, were a step's time in proportion to them.
+            allowed = self._allowed(num_decoding)
+            excess = max(step_s / calm_s - 1, 0.0) * allowed / num_others
             change = (_AIM - 1) / excess if excess > 0 else _MOST_CHANGE
             change = min(max(change, 1 / _MOST_CHANGE), _MOST_CHANGE)
             # Weighted as a factor: steps that were as much too long as others too short cancel out.
             weight = _WEIGHT_OF_TOO_LONG if excess > MOST_SLOWDOWN - 1 else _WEIGHT_OF_NEWEST
-            wanted = self._allowed(num_decoding) * change**weight
-            self._allowance = min(self._most, max(self._least, wanted) - num_decoding)
+            self._allowance = min(self._most, max(self._least, allowed * change**weight) - num_decoding)
 
     def _allowed(self, num_decoding: int) -> float:
         return max(self._least, self._allowance + num_decoding)

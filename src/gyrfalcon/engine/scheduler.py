@@ -69,6 +69,7 @@ class Scheduler:
         self.pace = Pace(step_cost_tokens, token_budget)
         self._waiting: deque[SequenceGroup] = deque()  # those preempted, then by arrival; holds no blocks
         self._running: list[SequenceGroup] = []  # in order of admission; at least one sequence holds blocks
+        self._num_added = 0
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -80,6 +81,8 @@ class Scheduler:
         return self._most_blocks(group) <= self._pool.num_usable and group.num_rows <= self._max_rows
 
     def add(self, group: SequenceGroup) -> None:
+        self._num_added += 1
+        group.arrival = self._num_added
         self._waiting.append(group)
 
     def remove(self, group: SequenceGroup) -> None:
@@ -137,11 +140,12 @@ class Scheduler:
         for group in list(self._running):
             self._schedule_decoding(step, group)
         if step.rows:
-            # Whoever decodes waits for the whole step, so what else is in it may at most double it.
-            step.budget = min(step.budget, self.pace.num_tokens(step.num_tokens))
+            # Whoever decodes waits for the whole step, so what came since may at most double it.
+            step.paced_budget = min(step.budget, self.pace.num_tokens(step.num_tokens))
+            step.oldest_stream = min(self._streams_since(row.group) for row in step.rows.values())
         is_blocked = False
         for group in list(self._running):
-            if step.budget > 0 and group in self._running:
+            if self._budget_for(step, group) > 0 and group in self._running:
                 is_blocked |= not self._schedule_catching_up(step, group)
         # Who was preempted comes back before anyone new takes the blocks it waits for.
         if not is_blocked:
@@ -165,6 +169,7 @@ class Scheduler:
 
         The first keeps the sequence, the others fork it and share its blocks.
         """
+        group.streams_since = self._streams_since(group)
         survivors = tuple(choice for choice, _ in drawn)
         if group.search is None:
             group.ended_choices.update(choice for choice in sequence.choices if choice not in survivors)
@@ -247,7 +252,7 @@ class Scheduler:
         """
         overtaken: list[SequenceGroup] = []
         for group in list(self._waiting):
-            if step.budget <= 0:
+            if self._budget_for(step, group) <= 0:
                 return
             first = group.sequences[0]
             if self._reserved_rows() + group.num_rows <= self._max_rows and self._admit(group, first):
@@ -262,8 +267,8 @@ class Scheduler:
                 return
 
     def _schedule_row(self, step: _Step, group: SequenceGroup, sequence: Sequence, most_tokens: int) -> None:
-        num_query_tokens = min(sequence.num_pending_tokens, step.budget, most_tokens)
-        if num_query_tokens == 0:
+        num_query_tokens = min(sequence.num_pending_tokens, self._budget_for(step, group), most_tokens)
+        if num_query_tokens <= 0:
             return
         row = ScheduledRow(group, sequence, num_query_tokens)
         if self._provide_blocks(step, row):
@@ -274,7 +279,7 @@ class Scheduler:
         num_drawing = sum(row.reaches_end for row in step.rows.values())
         worth = least_chance(num_drawing, step.num_tokens, self._step_cost_tokens)
         # A step never takes more than about twice as long, for the sake of rows that have no draft.
-        budget = min(step.budget, self._step_cost_tokens + step.num_tokens)
+        budget = min(step.paced_budget, self._step_cost_tokens + step.num_tokens)
         for row in step.rows.values():
             group, sequence = row.group, row.sequence
             if not row.is_decoding or group.search is not None:
@@ -404,6 +409,18 @@ class Scheduler:
 
     # Order
 
+    def _budget_for(self, step: _Step, group: SequenceGroup) -> int:
+        """How many tokens of a group may still come into the step.
+
+        Of requests that come together the first to decode would otherwise slow the prompts of the others down, until
+        all of them are late. So a prompt that fits into a step has precedence over streams that began after it came.
+        """
+        is_paced = group.arrival > step.oldest_stream or group.num_prompt_tokens > self._token_budget
+        return step.paced_budget if is_paced else step.budget
+
+    def _streams_since(self, group: SequenceGroup) -> int:
+        return self._num_added if group.streams_since is None else group.streams_since
+
     def _last_holder(self) -> tuple[SequenceGroup, Sequence]:
         return next(
             (group, sequence)
@@ -437,20 +454,29 @@ def _most_catching_up(group: SequenceGroup, sequence: Sequence) -> int:
 
 
 class _Step:
-    """The rows gathered so far, and the tokens that may still be added."""
+    """The rows gathered so far, and the tokens that may still be added.
+
+    paced_budget: of them by prompts that streams need not wait for. oldest_stream: how many requests had come when the
+    first of the streams in the step drew its first token.
+    """
 
     def __init__(self, token_budget: int) -> None:
         self.budget = token_budget
+        self.paced_budget = token_budget
+        self.oldest_stream = 0
         self.num_tokens = 0
         self.rows: dict[Sequence, ScheduledRow] = {}
 
     def add(self, row: ScheduledRow) -> None:
         self.rows[row.sequence] = row
-        self.budget -= row.num_query_tokens
-        self.num_tokens += row.num_query_tokens
+        self._count(row.num_query_tokens)
 
     def drop(self, sequence: Sequence) -> None:
         row = self.rows.pop(sequence, None)
         if row is not None:
-            self.budget += row.num_query_tokens
-            self.num_tokens -= row.num_query_tokens
+            self._count(-row.num_query_tokens)
+
+    def _count(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+        self.budget -= num_tokens
+        self.paced_budget -= num_tokens

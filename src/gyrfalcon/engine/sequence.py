@@ -91,7 +91,9 @@ class SequenceGroup:
     is_plain: bool = field(init=False)  # the model's likeliest tokens are all it asks for
     sequences: list[Sequence] = field(default_factory=list)
     ended_choices: set[int] = field(default_factory=set)
+    arrival: int = 0  # its place among all that came
     started_s: float | None = None  # when its first token was first scheduled
+    streams_since: int | None = None  # how many had come when it drew its first token
     num_cached_tokens: int = 0  # prompt tokens the prefix cache gave at the first admission
     prompt_logprobs: list[float | None] | None = None  # collected so far, when asked for
     prompt_reported: bool = False

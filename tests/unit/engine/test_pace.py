@@ -99,3 +99,12 @@ def test_it_falls_fast_where_a_step_takes_far_too_long_and_one_such_step_does_no
     settled = pace.num_tokens(num_decoding)
     pace.observe(num_decoding, settled, 100 * step_cost)
     assert pace.num_tokens(num_decoding) > settled / 2
+
+
+def test_steps_with_more_in_them_than_is_allowed_teach_the_same() -> None:
+    pace, num_decoding, step_cost = Pace(8, 512), 4, 60.0
+    pace.begin(calm_s=step_cost + 1.0, token_s=1.0)
+    for _ in range(60):
+        pace.observe(num_decoding, 500, step_cost + num_decoding + 500)
+    doubling = step_cost + num_decoding
+    assert 0.7 * doubling < pace.num_tokens(num_decoding) <= doubling
