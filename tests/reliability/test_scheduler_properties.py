@@ -286,17 +286,20 @@ def num_tokens_of_steps(run: Collector, executor: FakeExecutor) -> list[int]:
 def test_4_4_prompts_that_come_together_do_not_wait_for_the_first_of_them_to_end() -> None:
     executor = FakeExecutor(num_blocks=600, block_size=4, max_context=2000)
     run = Collector(EngineCore(executor, CoreLimits(token_budget=64, max_rows=32, step_cost_tokens=8)))
-    for n in range(16):
+    run.submit(request("first", 64, 40))
+    run.step()
+    for n in range(14):
         run.submit(request(str(n), 32, 40))
-    # Two prompts a step, or what streams leave of them; with 8 tokens beside a stream it would take 40 steps.
-    assert num_tokens_of_steps(run, executor)[:8] == [64] * 8
+    # Two prompts a step, or what streams leave of them; with 8 tokens beside a stream it would take 30 steps.
+    assert num_tokens_of_steps(run, executor)[:7] == [64] * 7
 
 
-def test_4_4_streams_wait_for_no_prompt_that_came_after_their_first_token_nor_for_a_long_one() -> None:
+def test_4_4_streams_wait_for_no_prompt_that_came_when_they_had_begun_nor_for_a_long_one() -> None:
     executor = FakeExecutor(num_blocks=600, block_size=4, max_context=2000)
     run = Collector(EngineCore(executor, CoreLimits(token_budget=64, max_rows=32, step_cost_tokens=8)))
     run.submit(request("stream", 8, 200))
     run.submit(request("long", 65, 2))  # which is more than a step has room for
+    run.step()
     run.step()
     run.submit(request("late", 64, 2))
     # The step's cost of 8 tokens included, that is at most twice as long, with up to two streams.

@@ -142,7 +142,7 @@ class Scheduler:
         if step.rows:
             # Whoever decodes waits for the whole step, so what came since may at most double it.
             step.paced_budget = min(step.budget, self.pace.num_tokens(step.num_tokens))
-            step.oldest_stream = min(self._streams_since(row.group) for row in step.rows.values())
+            step.oldest_stream = min(self._stream_since(row.group) for row in step.rows.values())
         is_blocked = False
         for group in list(self._running):
             if self._budget_for(step, group) > 0 and group in self._running:
@@ -169,7 +169,6 @@ class Scheduler:
 
         The first keeps the sequence, the others fork it and share its blocks.
         """
-        group.streams_since = self._streams_since(group)
         survivors = tuple(choice for choice, _ in drawn)
         if group.search is None:
             group.ended_choices.update(choice for choice in sequence.choices if choice not in survivors)
@@ -413,13 +412,17 @@ class Scheduler:
         """How many tokens of a group may still come into the step.
 
         Of requests that come together the first to decode would otherwise slow the prompts of the others down, until
-        all of them are late. So a prompt that fits into a step has precedence over streams that began after it came.
+        all of them are late. So what fits into a step has precedence over streams that began after it came.
         """
-        is_paced = group.arrival > step.oldest_stream or group.num_prompt_tokens > self._token_budget
-        return step.paced_budget if is_paced else step.budget
+        if group.arrival > step.oldest_stream or any(s.num_tokens > self._token_budget for s in group.sequences):
+            return step.paced_budget
+        return step.budget
 
-    def _streams_since(self, group: SequenceGroup) -> int:
-        return self._num_added if group.streams_since is None else group.streams_since
+    def _stream_since(self, group: SequenceGroup) -> int:
+        """Noted when it decodes first, not when it draws: who comes during its last step as a prompt came with it."""
+        if group.stream_since is None:
+            group.stream_since = self._num_added
+        return group.stream_since
 
     def _last_holder(self) -> tuple[SequenceGroup, Sequence]:
         return next(
@@ -457,7 +460,7 @@ class _Step:
     """The rows gathered so far, and the tokens that may still be added.
 
     paced_budget: of them by prompts that streams need not wait for. oldest_stream: how many requests had come when the
-    first of the streams in the step drew its first token.
+    first of the streams in the step began.
     """
 
     def __init__(self, token_budget: int) -> None:

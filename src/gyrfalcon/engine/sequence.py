@@ -93,7 +93,7 @@ class SequenceGroup:
     ended_choices: set[int] = field(default_factory=set)
     arrival: int = 0  # its place among all that came
     started_s: float | None = None  # when its first token was first scheduled
-    streams_since: int | None = None  # how many had come when it drew its first token
+    stream_since: int | None = None  # how many had come when it decoded first
     num_cached_tokens: int = 0  # prompt tokens the prefix cache gave at the first admission
     prompt_logprobs: list[float | None] | None = None  # collected so far, when asked for
     prompt_reported: bool = False
