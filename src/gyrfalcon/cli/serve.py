@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
+from typing import TYPE_CHECKING
 
 from gyrfalcon.cli.launcher_options import unheeded_by_serve
 from gyrfalcon.config import Settings
+
+if TYPE_CHECKING:
+    from gyrfalcon.service.interface import ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +36,29 @@ def run_server(settings: Settings) -> None:
 
     Logging is set up already.
     """
-    # The flags are explained without loading what serving takes: web framework and engine.
-    from gyrfalcon.cli.banner import render_banner
+    # The flags are explained without loading what serving takes.
     from gyrfalcon.cli.listener import claim
-    from gyrfalcon.cli.progress import LoadingProgress
-    from gyrfalcon.launch import serving
-    from gyrfalcon.service.interface import ModelInfo
+    from gyrfalcon.launch.child import child_ahead
 
-    def announce(model: ModelInfo) -> None:
-        if settings.json_output:
-            return  # a log collector wants lines; the resolved settings are in the log
-        try:
-            print(render_banner(settings, model), flush=True)
-        except OSError as error:  # a full disk is no reason not to serve
-            logger.warning("the banner cannot be shown: %s", error.strerror)
-            # What is left in the buffer would fail once more at the end, and change the exit status.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with claim(settings.host, settings.port) as listener, child_ahead(settings) as child:
+        # Only now, while the child imports torch: web framework and tokenizers.
+        from gyrfalcon.cli.progress import LoadingProgress
+        from gyrfalcon.launch import serving
 
-    with claim(settings.host, settings.port) as listener, LoadingProgress() as progress:
-        serving.serve(settings, listener=listener, on_progress=progress, on_ready=announce)
+        with LoadingProgress() as progress:
+            serving.serve(
+                settings, listener=listener, child=child, on_progress=progress, on_ready=partial(_announce, settings)
+            )
+
+
+def _announce(settings: Settings, model: ModelInfo) -> None:
+    from gyrfalcon.cli.banner import render_banner
+
+    if settings.json_output:
+        return  # a log collector wants lines; the resolved settings are in the log
+    try:
+        print(render_banner(settings, model), flush=True)
+    except OSError as error:  # a full disk is no reason not to serve
+        logger.warning("the banner cannot be shown: %s", error.strerror)
+        # What is left in the buffer would fail once more at the end, and change the exit status.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

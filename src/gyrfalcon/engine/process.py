@@ -21,12 +21,12 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from gyrfalcon.engine.core import EngineCore
 from gyrfalcon.engine.interface import (
     EngineEvent,
     EngineFacts,
@@ -36,15 +36,20 @@ from gyrfalcon.engine.interface import (
     EngineStats,
     StepReading,
 )
-from gyrfalcon.engine.loop import run_loop
 from gyrfalcon.engine.messages import Command, EndChoice, Loading, Notice, Ready, Report, StartFailed, Stop
 from gyrfalcon.engine.router import EventRouter
 from gyrfalcon.errors import EngineDead, ModelLoadError, OperatorError
 
+if TYPE_CHECKING:
+    from gyrfalcon.engine.core import EngineCore
+
 logger = logging.getLogger(__name__)
 
-BuildCore = Callable[[Callable[[int, int], None]], EngineCore]
+BuildCore = Callable[[Callable[[int, int], None]], "EngineCore"]
 """Makes the core inside the child; picklable. Its argument receives (bytes done, bytes total) while loading."""
+
+Prepare = Callable[[], object]
+"""Done in the child before it knows what to build, such as imports; picklable."""
 
 STUCK_AFTER_S = 30.0
 DEATHS_TOLERATED = 5
@@ -56,17 +61,55 @@ _HEADER = struct.Struct("!I")
 _encoder = msgspec.msgpack.Encoder()
 
 
+def _nothing() -> None:
+    pass
+
+
+class EngineChild:
+    """A child process that prepares itself for an engine and waits to be told which."""
+
+    def __init__(self, prepare: Prepare = _nothing) -> None:
+        """Starts a Python interpreter and feeds it: takes tens of milliseconds."""
+        self.prepare = prepare
+        self.connection, theirs = socket.socketpair()
+        context = multiprocessing.get_context("spawn")
+        its_orders, self._orders = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_child_main, args=(theirs, prepare, its_orders), name="gyrfalcon-engine", daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        its_orders.close()
+
+    def build(self, build_core: BuildCore) -> None:
+        """Tell it what to build. Raises OSError when it has ended."""
+        self._orders.send(build_core)
+        self._orders.close()
+
+    def end(self) -> None:
+        """End it if it still runs; what it held is lost. Does nothing the second time."""
+        self._orders.close()
+        self.connection.close()  # which it notices
+        self.process.join(STOP_GRACE_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
 class ProcessEngine:
     """Engine whose core lives in a supervised child process. Use `await ProcessEngine.start(...)`."""
 
     def __init__(
         self,
         build_core: BuildCore,
+        child: EngineChild | None,
         on_progress: Callable[[int, int], None],
         on_step: Callable[[StepReading], None],
         on_give_up: Callable[[], None],
     ) -> None:
         self._build_core = build_core
+        self._prepare = child.prepare if child else _nothing
+        self._child = child
         self._on_progress = on_progress
         self._on_step = on_step
         self._on_give_up = on_give_up
@@ -77,7 +120,6 @@ class ProcessEngine:
         self._stats = EngineStats()
         self._silent_since_s: float | None = None  # since when the child owes a report; None when it owes none
         self._deaths: deque[float] = deque()
-        self._process: BaseProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._closing = False
@@ -87,19 +129,20 @@ class ProcessEngine:
         cls,
         build_core: BuildCore,
         *,
+        child: EngineChild | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_step: Callable[[StepReading], None] = lambda reading: None,
         on_give_up: Callable[[], None] = lambda: None,
     ) -> ProcessEngine:
         """Start the child and wait until its model is loaded.
 
-        on_step is told of every step, in the event loop, and must be quick. on_give_up is called once when the child
-        has died so often that it is not started again. Raises ModelLoadError with the child's own message when it
-        cannot start.
+        child: one that was started ahead, and is the engine's from now on; those after it prepare as it did. on_step
+        is told of every step, in the event loop, and must be quick. on_give_up is called once when the child has died
+        so often that it is not started again. Raises ModelLoadError with the child's own message when it cannot start.
         """
-        engine = cls(build_core, on_progress, on_step, on_give_up)
-        reader = await engine._spawn()
+        engine = cls(build_core, child, on_progress, on_step, on_give_up)
         try:
+            reader = await engine._connect(child or await engine._new_child())
             await engine._await_ready(reader)
         except BaseException:
             await engine._end_child()
@@ -116,7 +159,7 @@ class ProcessEngine:
     @property
     def pid(self) -> int | None:
         """Process id of the child that runs now."""
-        return self._process.pid if self._process else None
+        return self._child.process.pid if self._child else None
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[list[EngineEvent], None]:
         if self._state is not EngineState.READY:
@@ -159,16 +202,15 @@ class ProcessEngine:
         if self._silent_since_s is None:
             self._silent_since_s = time.monotonic()  # every command is followed by a report, whoever still listens
 
-    async def _spawn(self) -> asyncio.StreamReader:
-        ours, theirs = socket.socketpair()
-        context = multiprocessing.get_context("spawn")
-        self._process = context.Process(
-            target=_child_main, args=(theirs, self._build_core), name="gyrfalcon-engine", daemon=True
-        )
-        # Spawning starts a Python interpreter and feeds it: tens of milliseconds that the event loop need not wait.
-        await asyncio.to_thread(self._process.start)
-        theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+    async def _new_child(self) -> EngineChild:
+        self._child = await asyncio.to_thread(EngineChild, self._prepare)
+        return self._child
+
+    async def _connect(self, child: EngineChild) -> asyncio.StreamReader:
+        """Tell a child what to build, and listen to it."""
+        with contextlib.suppress(OSError):  # that it has ended is what its stream says
+            child.build(self._build_core)
+        reader, self._writer = await asyncio.open_connection(sock=child.connection)
         return reader
 
     async def _await_ready(self, reader: asyncio.StreamReader) -> None:
@@ -217,7 +259,7 @@ class ProcessEngine:
             await asyncio.sleep(_backoff_s(len(self._deaths)))
             self._state, self._detail = EngineState.STARTING, "the engine is restarting"
             try:
-                reader = await self._spawn()
+                reader = await self._connect(await self._new_child())
                 await self._await_ready(reader)
             except OperatorError as error:
                 self._mark_dead(str(error))
@@ -232,9 +274,9 @@ class ProcessEngine:
         self._router.fail_all(EngineDead(detail))
 
     async def _how_it_ended(self) -> str:
-        process = self._process
-        if process is None:
+        if self._child is None:
             return ""
+        process = self._child.process
         await asyncio.to_thread(process.join, STOP_GRACE_S)
         code = process.exitcode
         if code is None:
@@ -246,13 +288,10 @@ class ProcessEngine:
             with contextlib.suppress(ConnectionError):
                 await self._writer.drain()
             self._writer.close()
-        process = self._process
-        if process is None or process.pid is None:
-            return
-        await asyncio.to_thread(process.join, STOP_GRACE_S)
-        if process.is_alive():
-            process.kill()
-            await asyncio.to_thread(process.join)
+            with contextlib.suppress(ConnectionError):
+                await self._writer.wait_closed()
+        if self._child is not None:
+            await asyncio.to_thread(self._child.end)
 
 
 def _backoff_s(num_deaths: int) -> float:
@@ -286,7 +325,7 @@ async def _notices(reader: asyncio.StreamReader) -> AsyncIterator[Notice]:
 # What runs in the child
 
 
-def _child_main(connection: socket.socket, build_core: BuildCore) -> None:
+def _child_main(connection: socket.socket, prepare: Prepare, orders: Connection) -> None:
     # The terminal sends an interrupt to the whole group; the parent decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -299,6 +338,8 @@ def _child_main(connection: socket.socket, build_core: BuildCore) -> None:
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     try:
+        prepare()
+        build_core: BuildCore = orders.recv()
         core = build_core(lambda done, total: say(Loading(done, total)))
     except (OperatorError, MemoryError) as error:
         say(StartFailed(str(error) or "out of memory"))
@@ -308,6 +349,9 @@ def _child_main(connection: socket.socket, build_core: BuildCore) -> None:
         say(StartFailed(f"{type(error).__name__}: {error}"))
         return
     say(Ready(core.facts))
+    # Only here, as the parent needs nothing of it.
+    from gyrfalcon.engine.loop import run_loop
+
     run_loop(core, inbox, say)
     core.close()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gyrfalcon.config import Settings
+from gyrfalcon.engine.process import EngineChild
 from gyrfalcon.telemetry import setup_logging
 
 if TYPE_CHECKING:
@@ -26,15 +27,38 @@ class CoreRecipe:
 
     def __call__(self, on_progress: Callable[[int, int], None]) -> EngineCore:
         setup_logging(self.settings.json_output, self.settings.log_level)
-        # Read when torch is loaded. Waiting threads give their core up soon instead of spinning for milliseconds: on
-        # a machine of its own a step takes as long as before, beside one busy process half as long.
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        prepare()
         with _without_collections():
             from gyrfalcon.launch.device import build_core
 
             core = build_core(self.settings, self.folder, on_progress)
         core.warm_up()
         return core
+
+
+def prepare() -> None:
+    """Import what building a core takes, torch above all."""
+    # Read when torch is loaded. Waiting threads give their core up soon instead of spinning for milliseconds: on a
+    # machine of its own a step takes as long as before, beside one busy process half as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    with _without_collections():
+        import gyrfalcon.launch.device  # noqa: F401
+
+
+@contextmanager
+def child_ahead(settings: Settings) -> Iterator[EngineChild | None]:
+    """A child process that prepares itself while this one still imports and reads: both take most of a second.
+
+    None where the engine is to run in this process.
+    """
+    if settings.engine != "process":
+        yield None
+        return
+    child = EngineChild(prepare)
+    try:
+        yield child
+    finally:
+        child.end()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import uvloop
 
 from gyrfalcon.config import Settings
 from gyrfalcon.engine.interface import Engine, WatermarkParams
-from gyrfalcon.engine.process import ProcessEngine
+from gyrfalcon.engine.process import EngineChild, ProcessEngine
 from gyrfalcon.errors import EngineDead, SettingsError
 from gyrfalcon.http.admin import create_admin_app
 from gyrfalcon.http.app import create_app
@@ -48,16 +48,22 @@ SPARE_FILES = 200
 
 
 def serve(
-    settings: Settings, *, listener: socket.socket, on_progress: OnProgress, on_ready: Callable[[ModelInfo], None]
+    settings: Settings,
+    *,
+    listener: socket.socket,
+    child: EngineChild | None,
+    on_progress: OnProgress,
+    on_ready: Callable[[ModelInfo], None],
 ) -> None:
     """Serve over HTTP until a signal ends it.
 
-    listener: a bound socket; it begins to listen, and on_ready is called, once the model is loaded. The first SIGINT
-    or SIGTERM lets running requests finish within the grace period, the second ends at once. Raises OperatorError
-    when the model cannot be served, EngineDead when its engine keeps dying.
+    listener: a bound socket; it begins to listen, and on_ready is called, once the model is loaded. child: for the
+    engine, if one was started ahead. The first SIGINT or SIGTERM lets running requests finish within the grace period,
+    the second ends at once. Raises OperatorError when the model cannot be served, EngineDead when its engine keeps
+    dying.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, listener, on_progress, on_ready))
+        runner.run(_serve(settings, listener, child, on_progress, on_ready))
 
 
 @asynccontextmanager
@@ -66,13 +72,13 @@ async def open_text_service(settings: Settings, *, on_progress: OnProgress) -> A
 
     on_progress: receives (bytes done, bytes total) while weights are read.
     """
-    async with _open(settings, on_progress, on_give_up=lambda: None) as (service, _):
+    async with _open(settings, None, on_progress, on_give_up=lambda: None) as (service, _):
         yield service
 
 
 @asynccontextmanager
 async def _open(
-    settings: Settings, on_progress: OnProgress, on_give_up: Callable[[], None]
+    settings: Settings, child: EngineChild | None, on_progress: OnProgress, on_give_up: Callable[[], None]
 ) -> AsyncIterator[tuple[TextService, Metrics]]:
     """The service and its metrics. on_give_up: called when the engine died so often that it stays down."""
     logger.info("settings", extra=settings.shown())
@@ -94,7 +100,7 @@ async def _open(
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         tracer = _start_tracer(settings, stack)
-        engine = await _start_engine(settings, checkpoint, metrics, on_progress, on_give_up)
+        engine = await _start_engine(settings, checkpoint, child, metrics, on_progress, on_give_up)
         stack.push_async_callback(engine.close)
         renderer = TemplateWorkers(timeout_s=settings.template_timeout)
         stack.push_async_callback(renderer.close)
@@ -154,6 +160,7 @@ async def _open(
 async def _start_engine(
     settings: Settings,
     checkpoint: Checkpoint,
+    child: EngineChild | None,
     metrics: Metrics,
     on_progress: OnProgress,
     on_give_up: Callable[[], None],
@@ -161,7 +168,7 @@ async def _start_engine(
     recipe = CoreRecipe(settings, checkpoint.folder)
     if settings.engine == "process":
         return await ProcessEngine.start(
-            recipe, on_progress=on_progress, on_step=metrics.step_ended, on_give_up=on_give_up
+            recipe, child=child, on_progress=on_progress, on_step=metrics.step_ended, on_give_up=on_give_up
         )
     # Only here, as the engine in this process brings torch along.
     from gyrfalcon.engine.local import LocalEngine
@@ -179,7 +186,11 @@ def _start_tracer(settings: Settings, stack: AsyncExitStack) -> Tracer | None:
 
 
 async def _serve(
-    settings: Settings, listener: socket.socket, on_progress: OnProgress, on_ready: Callable[[ModelInfo], None]
+    settings: Settings,
+    listener: socket.socket,
+    child: EngineChild | None,
+    on_progress: OnProgress,
+    on_ready: Callable[[ModelInfo], None],
 ) -> None:
     # What can be wrong with files and ports is known at once; the weights may take minutes.
     keys = _load_keys(settings)
@@ -200,7 +211,7 @@ async def _serve(
     _allow_files(settings.max_connections + SPARE_FILES)
     async with AsyncExitStack() as stack:
         admin_listener = _claim_admin(settings, stack)
-        service, metrics = await stack.enter_async_context(_open(settings, on_progress, on_give_up=give_up))
+        service, metrics = await stack.enter_async_context(_open(settings, child, on_progress, on_give_up=give_up))
 
         def reload_keys() -> None:
             _reload_keys(keys, metrics)

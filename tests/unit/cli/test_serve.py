@@ -6,11 +6,13 @@ import socket
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from gyrfalcon import launch
 from gyrfalcon.cli.serve import serve
 from gyrfalcon.config import Settings
+from gyrfalcon.engine.process import EngineChild
 from gyrfalcon.errors import SettingsError
 from gyrfalcon.service.interface import ModelInfo
 
@@ -43,9 +45,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, str, int]]:
         settings: Settings,
         *,
         listener: socket.socket,
+        child: EngineChild | None,
         on_progress: Callable[[int, int], None],
         on_ready: Callable[[ModelInfo], None],
     ) -> None:
+        assert child is not None
+        assert child.process.is_alive()
         calls.append((settings, *listener.getsockname()[:2]))
         on_progress(10, 10)
         on_ready(MODEL)
@@ -66,6 +71,11 @@ def test_it_serves_on_the_settings_address_and_shows_the_banner(
     serve(settings)
     assert served == [(settings, "127.0.0.1", settings.port)]
     assert f"http://127.0.0.1:{settings.port}/docs" in capsys.readouterr().out
+
+
+def test_the_process_that_waits_for_an_engine_ends_with_the_server(served: list[tuple[Settings, str, int]]) -> None:
+    serve(Settings(port=free_port()))
+    assert not [each for each in psutil.Process().children() if "resource_tracker" not in " ".join(each.cmdline())]
 
 
 def test_with_json_output_there_is_no_banner(

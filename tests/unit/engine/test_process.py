@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 
 import psutil
 import pytest
@@ -18,8 +19,8 @@ import pytest
 from gyrfalcon.engine import process as process_module
 from gyrfalcon.engine.core import CoreLimits, EngineCore
 from gyrfalcon.engine.interface import EngineRequest, EngineState
-from gyrfalcon.engine.process import ProcessEngine
-from gyrfalcon.errors import EngineDead
+from gyrfalcon.engine.process import EngineChild, ProcessEngine
+from gyrfalcon.errors import EngineDead, ModelLoadError
 from gyrfalcon.runner.interface import StepPlan
 from gyrfalcon.testing.executor import FakeExecutor
 
@@ -38,6 +39,10 @@ def request(request_id: str, max_new_tokens: int = 3) -> EngineRequest:
 
 async def read_all(engine: ProcessEngine, wanted: EngineRequest) -> int:
     return sum([len(events) async for events in engine.generate(wanted)])
+
+
+def refuse_to_prepare() -> None:
+    raise ModelLoadError("no module is called so")
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
@@ -65,6 +70,39 @@ async def test_a_killed_engine_fails_its_requests_and_comes_back() -> None:
         assert await read_all(engine, request("after")) == 4
     finally:
         await engine.close()
+
+
+async def test_a_child_that_was_started_ahead_becomes_the_engine() -> None:
+    child = EngineChild()
+    engine = await ProcessEngine.start(build_core, child=child)
+    try:
+        assert engine.pid == child.process.pid
+        assert await read_all(engine, request("a")) == 4
+    finally:
+        await engine.close()
+    assert not child.process.is_alive()
+    child.end()  # whoever started it need not know what became of it
+
+
+def test_a_child_that_nobody_needs_ends() -> None:
+    child = EngineChild(partial(time.sleep, 60))
+    assert child.process.is_alive()
+    started_s = time.monotonic()
+    child.end()
+    assert time.monotonic() - started_s < process_module.STOP_GRACE_S
+    assert child.process.exitcode == 0
+
+
+async def test_a_child_that_died_ahead_is_an_error_that_says_how() -> None:
+    child = EngineChild(partial(time.sleep, 60))
+    child.process.kill()
+    with pytest.raises(EngineDead, match="while it started by SIGKILL"):
+        await ProcessEngine.start(build_core, child=child)
+
+
+async def test_what_a_child_cannot_prepare_is_said() -> None:
+    with pytest.raises(ModelLoadError, match="no module is called so"):
+        await ProcessEngine.start(build_core, child=EngineChild(refuse_to_prepare))
 
 
 async def test_an_engine_that_keeps_dying_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
