@@ -6,7 +6,6 @@ import socket
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from gyrfalcon import launch
@@ -49,8 +48,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, str, int]]:
         on_progress: Callable[[int, int], None],
         on_ready: Callable[[ModelInfo], None],
     ) -> None:
-        assert child is not None
-        assert child.process.is_alive()
         calls.append((settings, *listener.getsockname()[:2]))
         on_progress(10, 10)
         on_ready(MODEL)
@@ -73,9 +70,17 @@ def test_it_serves_on_the_settings_address_and_shows_the_banner(
     assert f"http://127.0.0.1:{settings.port}/docs" in capsys.readouterr().out
 
 
-def test_the_process_that_waits_for_an_engine_ends_with_the_server(served: list[tuple[Settings, str, int]]) -> None:
+def test_the_process_that_waits_for_an_engine_ends_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[EngineChild] = []
+
+    def launch_serve(settings: Settings, *, child: EngineChild, **_: object) -> None:
+        assert child.process.is_alive()
+        children.append(child)
+
+    monkeypatch.setattr(launch, "serving", SimpleNamespace(serve=launch_serve), raising=False)
     serve(Settings(port=free_port()))
-    assert not [each for each in psutil.Process().children() if "resource_tracker" not in " ".join(each.cmdline())]
+    (child,) = children
+    assert child.process.exitcode == 0
 
 
 def test_with_json_output_there_is_no_banner(
