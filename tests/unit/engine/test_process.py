@@ -87,10 +87,8 @@ async def test_a_child_that_was_started_ahead_becomes_the_engine() -> None:
 def test_a_child_that_nobody_needs_ends() -> None:
     child = EngineChild(partial(time.sleep, 60))
     assert child.process.is_alive()
-    started_s = time.monotonic()
     child.end()
-    assert time.monotonic() - started_s < process_module.STOP_GRACE_S
-    assert child.process.exitcode == 0
+    assert not child.process.is_alive()
 
 
 async def test_a_child_that_died_ahead_is_an_error_that_says_how() -> None:
