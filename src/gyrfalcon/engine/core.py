@@ -200,10 +200,10 @@ class EngineCore:
 
     def _most_ahead(self, num_decode_rows: int) -> int:
         """Steps that a plan of so many decoding rows may have besides its own."""
-        calm_s = self._scheduler.pace.calm_s(num_decode_rows)
-        if not self._executor.facts.can_run_ahead or calm_s is None:
+        if not self._executor.facts.can_run_ahead or num_decode_rows == 0:
             return 0
-        return min(int(AHEAD_S / calm_s) - 1, MOST_AHEAD)
+        calm_s = self._scheduler.pace.calm_s(num_decode_rows)
+        return 0 if calm_s is None else min(int(AHEAD_S / calm_s) - 1, MOST_AHEAD)
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -33,10 +33,10 @@ class Pace:
         return int(self._allowed(num_decoding))
 
     def calm_s(self, num_decoding: int) -> float | None:
-        """What a step takes that does nothing but decode so many sequences; None as long as there was none.
+        """What a step takes that does nothing but decode so many sequences, at least 1; None as long as there was none.
 
-        From the steps there were lately: as long, and longer or shorter by what tokens add, but never shorter than in
-        proportion.
+        Above 0. From the steps there were lately: as long, and longer or shorter by what tokens add, but never shorter
+        than in proportion.
         """
         if self._known_s == 0:
             return None

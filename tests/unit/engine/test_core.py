@@ -97,6 +97,17 @@ def test_short_greedy_steps_run_several_at_once() -> None:
     assert run.core.stats().num_steps == 20
 
 
+def test_a_step_without_decoding_runs_whatever_a_token_takes() -> None:
+    executor = FakeExecutor(can_run_ahead=True)
+    run = Collector(ready_core(executor))
+    # One token takes longer than a whole step was seen to take: without any, less than nothing would be left.
+    run.core._scheduler.pace.begin(calm_s=0.001, token_s=0.01)
+    one = request("a", (1, 2, 3), 5)
+    run.submit(one)
+    run.run()
+    assert run.tokens["a"] == expected(one)
+
+
 @pytest.mark.parametrize(
     "others", [{"sampling": SAMPLED}, {"top_n": 2}, {"min_new_tokens": 3}, {"beams": BeamParams(num_beams=2)}]
 )

@@ -6,6 +6,8 @@ import random
 import statistics
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gyrfalcon.engine.pace import MOST_SLOWDOWN, Pace
 
@@ -108,3 +110,22 @@ def test_steps_with_more_in_them_than_is_allowed_teach_the_same() -> None:
         pace.observe(num_decoding, 500, step_cost + num_decoding + 500)
     doubling = step_cost + num_decoding
     assert 0.7 * doubling < pace.num_tokens(num_decoding) <= doubling
+
+
+@given(
+    st.floats(1e-6, 10.0),
+    st.floats(0.0, 10.0),
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5000), st.floats(0.0, 100.0)), max_size=30),
+)
+def test_whatever_steps_took_both_answers_make_sense(
+    calm_s: float, token_s: float, steps: list[tuple[int, int, float]]
+) -> None:
+    pace = Pace(8, 512)
+    pace.begin(calm_s, token_s)
+    for num_decoding, num_others, step_s in steps:
+        pace.observe(num_decoding, num_others, step_s)
+        for number in (1, 7, 300):
+            found_s = pace.calm_s(number)
+            assert found_s is not None
+            assert 0 < found_s < float("inf")
+            assert 4 <= pace.num_tokens(number) <= 512 + number
